@@ -1,0 +1,17 @@
+// Causal softmax of attention scores, rows at a time, on a CPU. Free of torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace megatron_kanana::cpu {
+
+// Replaces row[0, visible) by softmax(scale * row[0, visible)) and the rest of the row by zero.
+// Returns the largest scaled score that was visible.
+float causal_softmax_row(float* row, int64_t length, int64_t visible, float scale);
+
+// Replaces grad[0, visible) by the gradient with respect to the unscaled scores, given the
+// gradient with respect to the probabilities, and the rest of the row by zero.
+void causal_softmax_backward_row(float* grad, const float* probabilities, int64_t length,
+                                 int64_t visible, float scale);
+
+}  // namespace megatron_kanana::cpu

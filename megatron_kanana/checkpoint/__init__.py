@@ -1,0 +1,1 @@
+"""Saving and loading through megatron-core's dist_checkpointing."""

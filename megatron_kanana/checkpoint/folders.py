@@ -1,0 +1,64 @@
+"""Checkpoint folders: which are whole, which is newest, which may go.
+
+A checkpoint is written under `step_00000100.partial` and renamed to `step_00000100` once every
+rank has written its part, so a name without `.partial` is a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def whole_path(directory: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return directory / f"step_{step:08d}"
+
+
+def partial_path(directory: Path, step: int) -> Path:
+    """Folder where that checkpoint is being written."""
+    return directory / f"step_{step:08d}.partial"
+
+
+def whole_steps(directory: Path) -> list[int]:
+    """Steps of the whole checkpoints, oldest first."""
+    if not directory.is_dir():
+        return []
+    matches = (_NAME.fullmatch(entry.name) for entry in directory.iterdir() if entry.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def newest_whole(directory: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    steps = whole_steps(directory)
+    return whole_path(directory, steps[-1]) if steps else None
+
+
+def publish(directory: Path, step: int) -> None:
+    """Give a finished checkpoint its name."""
+    whole = whole_path(directory, step)
+    if whole.exists():  # the same step saved again, after going back in time
+        shutil.rmtree(whole)
+    partial_path(directory, step).rename(whole)
+
+
+def discard_old(directory: Path, keep_last: int, keep_every: int) -> list[int]:
+    """Delete whole checkpoints beyond the newest `keep_last`, sparing multiples of `keep_every`.
+
+    Returns:
+        the steps deleted.
+    """
+    old = [
+        step
+        for step in whole_steps(directory)[:-keep_last]
+        if not (keep_every and step % keep_every == 0)
+    ]
+    for step in old:
+        # Renamed first: an interruption must not leave half a checkpoint under a whole one's name.
+        doomed = partial_path(directory, step)
+        whole_path(directory, step).rename(doomed)
+        shutil.rmtree(doomed)
+    return old

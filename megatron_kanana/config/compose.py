@@ -1,0 +1,164 @@
+"""From the command line to checked settings: Hydra composes, every error is collected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .checks import check
+from .environment import Environment
+from .fields import build
+from .problems import ConfigurationError, Problem
+from .schema import Settings
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
+GROUPS = (
+    "model",
+    "parallel",
+    "precision",
+    "optimizer",
+    "schedule",
+    "data",
+    "checkpoint",
+    "logging",
+    "experiment",
+)
+
+
+def load_settings(
+    overrides: Sequence[str], environment: Environment, config_dir: str | None = None
+) -> Settings:
+    """Compose the configuration, check every setting and every combination.
+
+    Args:
+        overrides: command-line words such as `model=kanana_2_tiny` or `schedule.steps=20`.
+        environment: the machine and the launch to check against.
+        config_dir: folder with more config groups, searched beside the shipped ones.
+
+    Raises:
+        ConfigurationError: with all the problems found.
+    """
+    problems: list[Problem] = []
+    if config_dir is not None and not Path(config_dir).is_dir():
+        problems.append(
+            Problem("--config-dir", config_dir, "is not a folder", "give an existing folder")
+        )
+        config_dir = None
+    choices, assignments = _parse(overrides, config_dir, problems)
+    values = _compose(choices, assignments, config_dir, problems)
+    settings = build(Settings, values, problems) if values is not None else None
+    if values is not None and settings is None:
+        settings = _without_faults(choices, assignments, config_dir, problems)
+    if settings is not None:
+        problems.extend(check(settings, environment))
+    if settings is None or problems:
+        raise ConfigurationError(problems)
+    return settings
+
+
+def _without_faults(
+    choices: Sequence[str],
+    assignments: Sequence[Override],
+    config_dir: str | None,
+    problems: Sequence[Problem],
+) -> Settings | None:
+    """The settings with the faulty assignments left out, so that the rest is checked as well."""
+    faulty = {problem.setting for problem in problems}
+    sound = [
+        assignment
+        for assignment in assignments
+        if not any(f"{name}.".startswith(f"{assignment.key_or_group}.") for name in faulty)
+        and not any(f"{assignment.key_or_group}.".startswith(f"{name}.") for name in faulty)
+    ]
+    values = _compose(choices, sound, config_dir, [])
+    return build(Settings, values, []) if values is not None else None
+
+
+def _compose(
+    choices: Sequence[str],
+    assignments: Sequence[Override],
+    config_dir: str | None,
+    problems: list[Problem],
+) -> Mapping[str, Any] | None:
+    """Compose the groups and apply the assignments; nested plain values, or None on failure."""
+    search_path = (
+        [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    )
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = compose("config", overrides=[*choices, *search_path])
+    except (HydraException, OmegaConfBaseException) as error:
+        problems.append(
+            Problem("config groups", " ".join(choices), str(error), "mend the named YAML file")
+        )
+        return None
+    OmegaConf.set_struct(config, False)
+    for assignment in assignments:
+        _assign(config, assignment, problems)
+    try:
+        container = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        problems.append(
+            Problem("interpolation", "", str(error), "name an existing setting inside ${…}")
+        )
+        return None
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _parse(
+    overrides: Sequence[str], config_dir: str | None, problems: list[Problem]
+) -> tuple[list[str], list[Override]]:
+    """Split command-line words into group choices (kept as words) and assignments."""
+    parser = OverridesParser.create()
+    choices: list[str] = []
+    assignments: list[Override] = []
+    for word in overrides:
+        try:
+            (override,) = parser.parse_overrides([word])
+        except HydraException:
+            problems.append(
+                Problem("command line", word, "cannot be read", "write setting=value, or group=name")
+            )
+            continue
+        if override.is_sweep_override() or override.is_delete():
+            problems.append(
+                Problem("command line", word, "is not one value for one setting", "set one value")
+            )
+        elif override.key_or_group in GROUPS:
+            name = override.value()
+            available = available_choices(override.key_or_group, config_dir)
+            if name in available:
+                choices.append(word)
+            else:
+                remedy = f"choose {' or '.join(available)}"
+                problems.append(
+                    Problem(override.key_or_group, name, "is not a config of this group", remedy)
+                )
+        else:
+            assignments.append(override)
+    return choices, assignments
+
+
+def available_choices(group: str, config_dir: str | None = None) -> list[str]:
+    """Names of the YAML files of a config group."""
+    folders = [CONFIG_DIR, *([Path(config_dir)] if config_dir else [])]
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
+def _assign(config: DictConfig, override: Override, problems: list[Problem]) -> None:
+    key = override.key_or_group
+    try:
+        OmegaConf.update(config, key, override.value(), merge=True, force_add=True)
+    except (OmegaConfBaseException, TypeError, AttributeError):
+        problems.append(
+            Problem(key, override.value(), "no such setting exists", "see --print-config")
+        )

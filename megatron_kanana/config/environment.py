@@ -1,0 +1,69 @@
+"""The facts about this machine and this launch that a configuration is checked against."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+
+TESTED_MEGATRON_CORE = ("0.16.1",)
+"""Versions of megatron-core that the test suite or a committed card ran on."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the launcher and the machine offer.
+
+    Attributes:
+        world_size: processes of the job (torchrun's WORLD_SIZE).
+        rank: this process (torchrun's RANK).
+        local_world_size: processes of the job on this machine.
+        cuda_device_count: CUDA devices this process can see.
+        megatron_core_version: installed version, or None.
+        has_transformer_engine: whether Transformer Engine can be imported.
+    """
+
+    world_size: int = 1
+    rank: int = 0
+    local_world_size: int = 1
+    cuda_device_count: int = 0
+    megatron_core_version: str | None = TESTED_MEGATRON_CORE[0]
+    has_transformer_engine: bool = False
+
+    @property
+    def has_cuda(self) -> bool:
+        """Whether any CUDA device is visible."""
+        return self.cuda_device_count > 0
+
+
+def detect_environment() -> Environment:
+    """Read the launcher's variables and look at the machine; starts and allocates nothing."""
+    import torch
+
+    try:
+        megatron_core_version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        megatron_core_version = None
+    return Environment(
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=int(os.environ.get("RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        cuda_device_count=torch.cuda.device_count(),
+        megatron_core_version=megatron_core_version,
+        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    )
+
+
+def resolve_device(device: str, environment: Environment) -> str:
+    """Turn `device=auto` into 'cuda' or 'cpu'."""
+    if device == "auto":
+        return "cuda" if environment.has_cuda else "cpu"
+    return device
+
+
+def resolve_precision(compute: str, device: str) -> str:
+    """Turn `precision.compute=auto` into 'bf16' on CUDA or 'fp32' on a CPU."""
+    if compute == "auto":
+        return "bf16" if device == "cuda" else "fp32"
+    return compute

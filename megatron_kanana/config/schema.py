@@ -1,0 +1,267 @@
+"""Every setting of the main job: its name, type, default, limits and meaning.
+
+Each class is one Hydra group; `Settings` is the whole. Values come from `megatron_kanana/conf`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .fields import setting
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """The network: multi-head latent attention (MLA) and fine-grained mixture of experts (MoE)."""
+
+    name: str = setting(help="name of the model, for reports")
+    num_layers: int = setting(help="transformer layers", minimum=1)
+    hidden_size: int = setting(help="width of the residual stream", minimum=1)
+    num_attention_heads: int = setting(help="attention heads", minimum=1)
+    vocab_size: int = setting(help="tokenizer vocabulary", minimum=300)
+    ffn_hidden_size: int = setting(help="width of the dense layers' feed-forward", minimum=1)
+    num_dense_layers: int = setting(
+        1, help="first layers that have a dense feed-forward, no experts", minimum=0
+    )
+    q_lora_rank: int | None = setting(
+        None, help="rank of the query down-projection; null projects queries directly", minimum=1
+    )
+    kv_lora_rank: int = setting(help="width of the compressed key-value latent", minimum=1)
+    qk_nope_head_dim: int = setting(help="query-key width without position, a head", minimum=1)
+    qk_rope_head_dim: int = setting(help="query-key width with rotary position, a head", minimum=2)
+    v_head_dim: int = setting(help="value width, a head", minimum=1)
+    num_experts: int = setting(help="routed experts of a layer", minimum=1)
+    num_experts_per_token: int = setting(help="routed experts each token visits", minimum=1)
+    num_shared_experts: int = setting(help="experts every token visits", minimum=0)
+    moe_ffn_hidden_size: int = setting(help="width of one expert", minimum=1)
+    routed_scaling_factor: float = setting(
+        help="factor on the routed experts' sum (DeepSeek-V3, section 2.1.2)", above=0.0
+    )
+    expert_bias_update_rate: float = setting(
+        1e-3, help="step of the balancing bias (arXiv 2408.15664)", minimum=0.0
+    )
+    balance_loss_coefficient: float = setting(
+        1e-4, help="weight of the sequence-level balance loss", minimum=0.0
+    )
+    z_loss_coefficient: float = setting(
+        5e-6, help="weight of the router z-loss (arXiv 2202.08906)", minimum=0.0
+    )
+    rotary_base: float = setting(10000.0, help="rotary embedding base", above=0.0)
+    norm_epsilon: float = setting(1e-6, help="epsilon of RMSNorm", above=0.0)
+    zero_centered_gamma: bool = setting(
+        False, help="store RMSNorm's gain as gain - 1, so that weight decay pulls it to 1"
+    )
+    init_std: float = setting(0.02, help="standard deviation of initial weights", above=0.0)
+    vocab_size_multiple: int = setting(
+        128, help="embedding rows are padded to a multiple of this, whatever the layout", minimum=1
+    )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the output layer."""
+        return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+    @property
+    def shared_expert_hidden_size(self) -> int:
+        """Width of the shared experts taken together."""
+        return self.num_shared_experts * self.moe_ffn_hidden_size
+
+
+@dataclass(kw_only=True)
+class ParallelSettings:
+    """How the model is laid over processes. Data parallelism takes what is left of the world."""
+
+    tensor_parallel_size: int = setting(
+        1, help="processes one layer is split over; above 1, sequence parallelism is on", minimum=1
+    )
+    pipeline_parallel_size: int = setting(1, help="pipeline stages", minimum=1)
+    virtual_pipeline_stages: int = setting(
+        1, help="interleaved stages each pipeline rank holds", minimum=1
+    )
+    expert_parallel_size: int = setting(
+        1, help="processes the experts are dealt over", minimum=1
+    )
+    expert_tensor_parallel_size: int = setting(
+        1, help="processes one expert is split over", minimum=1
+    )
+    token_dispatcher: str = setting(
+        "alltoall", help="how tokens reach their experts", choices=("alltoall", "allgather")
+    )
+    overlap_gradient_reduction: bool = setting(
+        False, help="reduce gradients while the backward pass goes on"
+    )
+    recompute: str = setting(
+        "none", help="activations computed again in the backward pass", choices=("none", "full")
+    )
+
+
+@dataclass(kw_only=True)
+class PrecisionSettings:
+    """Number formats."""
+
+    compute: str = setting(
+        "auto",
+        help="format of weights and activations; auto is bf16 on CUDA and fp32 on a CPU",
+        choices=("auto", "fp32", "bf16", "fp8"),
+    )
+    reduce_gradients_in_fp32: bool = setting(
+        True, help="accumulate and reduce gradients in fp32"
+    )
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """AdamW, sharded over data-parallel processes."""
+
+    name: str = setting("adamw", help="optimizer", choices=("adamw",))
+    learning_rate: float = setting(help="peak learning rate", above=0.0)
+    beta1: float = setting(0.9, help="decay of the first moment", minimum=0.0, maximum=0.9999)
+    beta2: float = setting(0.95, help="decay of the second moment", minimum=0.0, maximum=0.99999)
+    epsilon: float = setting(1e-8, help="added to the denominator", above=0.0)
+    weight_decay: float = setting(0.1, help="decoupled weight decay", minimum=0.0)
+    gradient_clip_norm: float = setting(
+        1.0, help="largest global gradient norm; 0 does not clip", minimum=0.0
+    )
+
+
+@dataclass(kw_only=True)
+class ScheduleSettings:
+    """Length of the run, batch sizes, and the warm-up, stable, decay (WSD) learning rate."""
+
+    steps: int = setting(help="optimizer steps of the whole run", minimum=1)
+    global_batch_size: int = setting(help="sequences in one optimizer step", minimum=1)
+    micro_batch_size: int = setting(help="sequences in one forward pass of a process", minimum=1)
+    warmup_steps: int = setting(0, help="steps of linear warm-up from zero", minimum=0)
+    decay_steps: int = setting(0, help="last steps, over which the rate decays", minimum=0)
+    decay_style: str = setting(
+        "linear", help="shape of the decay", choices=("linear", "cosine", "exponential")
+    )
+    minimum_learning_rate: float = setting(
+        0.0, help="learning rate at the end of the decay", minimum=0.0
+    )
+    evaluation_interval: int = setting(
+        0, help="steps between evaluations on held-out text; 0 never evaluates", minimum=0
+    )
+    evaluation_batches: int = setting(
+        4, help="global batches of one evaluation", minimum=1
+    )
+
+
+@dataclass(kw_only=True)
+class BlendEntry:
+    """One indexed dataset of a blend."""
+
+    path: str = setting(help="path of the dataset without .bin or .idx")
+    weight: float = setting(1.0, help="share of the samples, relative to the others", above=0.0)
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Text, tokenizer and batches."""
+
+    sequence_length: int = setting(help="tokens of one training sample", minimum=2)
+    blend: list[BlendEntry] = setting(
+        [], help="indexed datasets; an empty list uses the built-in text"
+    )
+    tokenizer: str | None = setting(
+        None, help="SentencePiece model; null trains one on the built-in text at first use"
+    )
+    cache_dir: str = setting(
+        "data", help="where the trained tokenizer, built-in datasets and index caches are kept"
+    )
+    held_out_percent: float = setting(
+        2.0, help="share of the documents kept for evaluation", above=0.0, maximum=50.0
+    )
+    num_workers: int = setting(0, help="data-loader processes of each rank", minimum=0)
+
+
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """Saving, keeping and loading."""
+
+    directory: str | None = setting(
+        None, help="where checkpoints go; null is 'checkpoints' in the run's folder"
+    )
+    save_interval: int = setting(
+        0, help="steps between checkpoints; 0 saves only at the end", minimum=0
+    )
+    keep_last: int = setting(2, help="newest checkpoints kept", minimum=1)
+    keep_every: int = setting(
+        0, help="checkpoints at multiples of this step are kept for good; 0 keeps none", minimum=0
+    )
+    asynchronous: bool = setting(True, help="write while training goes on")
+    resume: bool = setting(True, help="go on from the newest whole checkpoint of this run")
+    load: str | None = setting(
+        None, help="checkpoint to start from when this run has none of its own"
+    )
+
+
+@dataclass(kw_only=True)
+class LoggingSettings:
+    """What a person sees."""
+
+    interval: int = setting(1, help="steps between measurements", minimum=1)
+    tensorboard: bool = setting(True, help="write TensorBoard events")
+    report: bool = setting(True, help="write report.html with plots and a text sample at the end")
+    sample_prompt: str = setting("def ", help="beginning of the text sample in the report")
+    sample_tokens: int = setting(
+        96, help="tokens generated for the text sample; 0 writes none", minimum=0
+    )
+
+
+@dataclass(kw_only=True)
+class KernelSettings:
+    """Implementation of the project's own operations."""
+
+    backend: str = setting(
+        "auto",
+        help="auto takes the fastest that works here and logs why",
+        choices=("auto", "csrc", "sdpa", "torch"),
+    )
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The whole configuration of the main job."""
+
+    run_name: str = setting(help="name of the run; its folder is output_dir/run_name")
+    output_dir: str = setting("runs", help="folder of all runs")
+    seed: int = setting(1234, help="seed of weights and of the order of samples", minimum=0)
+    device: str = setting(
+        "auto", help="where to run; auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
+    )
+    stop_after_step: int | None = setting(
+        None, help="save and stop after this step, as if interrupted; the schedule is unchanged",
+        minimum=1,
+    )
+    model: ModelSettings = setting(help="the network")
+    parallel: ParallelSettings = setting(help="layout over processes")
+    precision: PrecisionSettings = setting(help="number formats")
+    optimizer: OptimizerSettings = setting(help="optimizer")
+    schedule: ScheduleSettings = setting(help="length, batches, learning rate")
+    data: DataSettings = setting(help="text and tokenizer")
+    checkpoint: CheckpointSettings = setting(help="saving and loading")
+    logging: LoggingSettings = setting(help="what a person sees")
+    kernels: KernelSettings = setting(help="implementation of our operations")
+
+    @property
+    def run_dir(self) -> str:
+        """Folder of this run."""
+        return f"{self.output_dir}/{self.run_name}"
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """Folder of this run's checkpoints."""
+        return self.checkpoint.directory or f"{self.run_dir}/checkpoints"
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Processes that hold the same dense weights and see different samples."""
+        return world_size // (
+            self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
+        )
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Forward passes of one process in one step."""
+        return self.schedule.global_batch_size // (
+            self.schedule.micro_batch_size * self.data_parallel_size(world_size)
+        )

@@ -1,0 +1,1 @@
+"""Text, tokenizer, indexed datasets and batches."""

@@ -1,0 +1,96 @@
+"""Text that is on every machine: Python's standard library, and a six-language sample.
+
+Nothing is downloaded. The tokenizer is trained and the datasets are written at first use, into a
+folder named by what they were made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .documents import read_documents
+from .indexed import write_dataset
+from .tokenizer import train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_DIR = Path(__file__).resolve().parent / "samples"
+LANGUAGES = ("ko", "en", "ja", "zh", "th", "vi")
+SOURCE_BYTES = 6_000_000  # of the standard library, in alphabetical order
+TOKENIZER_SOURCE_BYTES = 2_000_000  # of those, for training the tokenizer
+SOURCE_WEIGHT, LANGUAGE_WEIGHT = 0.9, 0.1  # share of the samples
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class BuiltinData:
+    """Paths of the tokenizer and of the indexed datasets, with their weights."""
+
+    tokenizer: Path
+    datasets: tuple[tuple[Path, float], ...]
+
+
+def builtin_data(cache_dir: Path, vocab_size: int) -> BuiltinData:
+    """Where the built-in tokenizer and datasets are, or will be."""
+    samples = b"".join((SAMPLES_DIR / f"{name}.txt").read_bytes() for name in LANGUAGES)
+    made_from = f"{platform.python_version()}/{vocab_size}/{SOURCE_BYTES}/".encode() + samples
+    folder = cache_dir / f"builtin_{vocab_size}_{hashlib.sha256(made_from).hexdigest()[:10]}"
+    return BuiltinData(
+        tokenizer=folder / "tokenizer.model",
+        datasets=(
+            (folder / "python_standard_library", SOURCE_WEIGHT),
+            (folder / "six_languages", LANGUAGE_WEIGHT),
+        ),
+    )
+
+
+def prepare_builtin_data(data: BuiltinData, vocab_size: int) -> None:
+    """Train the tokenizer and write the datasets, unless they are there already."""
+    folder = data.tokenizer.parent
+    if folder.is_dir():
+        return
+    logger.info("first use: training the tokenizer and writing datasets into %s", folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer = partial / data.tokenizer.name
+    train_tokenizer(_tokenizer_texts(), vocab_size, tokenizer)
+    corpora = (standard_library_sources(SOURCE_BYTES), language_samples())
+    for (prefix, _), documents in zip(data.datasets, corpora, strict=True):
+        size = write_dataset(documents, partial / prefix.name, tokenizer)
+        logger.info("%s: %d documents, %d tokens", prefix.name, size.documents, size.tokens)
+    partial.rename(folder)
+
+
+def standard_library_sources(max_bytes: int) -> Iterator[str]:
+    """Source files of the standard library, in alphabetical order, up to `max_bytes` in all."""
+    root = Path(sysconfig.get_path("stdlib"))
+    total = 0
+    for file in sorted(root.rglob("*.py")):
+        if SKIPPED_FOLDERS.intersection(file.relative_to(root).parts):
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        total += len(text.encode())
+        if total > max_bytes:
+            return
+        if text.strip():
+            yield text
+
+
+def language_samples() -> Iterator[str]:
+    """Documents of the six languages, in turn, so that any share of them holds all six."""
+    columns = [list(read_documents(SAMPLES_DIR / f"{name}.txt")) for name in LANGUAGES]
+    for index in range(max(map(len, columns))):
+        yield from (column[index] for column in columns if index < len(column))
+
+
+def _tokenizer_texts() -> Iterator[str]:
+    yield from standard_library_sources(TOKENIZER_SOURCE_BYTES)
+    yield from language_samples()

@@ -1,0 +1,248 @@
+"""Named changes to megatron-core and torch, each with its reason.
+
+Two lists: what megatron-core needs because there is no CUDA (`CPU_PATCHES`), and what is broken in
+megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`). Nothing else
+in the project changes another package. `tests/parallel/test_patches.py` switches each off and
+shows that training still fails without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change, by name, with the reason it exists and the function that makes it."""
+
+    name: str
+    reason: str
+    apply: Callable[[], None]
+
+
+def apply_patches(device: str, disabled: Collection[str] = ()) -> list[Patch]:
+    """Apply the patches that `device` needs; returns those applied.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        disabled: names to leave out, for the test that shows each is needed.
+    """
+    patches = [*(CPU_PATCHES if device == "cpu" else ()), *NO_TRANSFORMER_ENGINE_PATCHES]
+    applied = [patch for patch in patches if patch.name not in disabled]
+    for patch in applied:
+        patch.apply()
+    return applied
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, int):
+        return True
+    return torch.device(device).type == "cuda"
+
+
+def _current_device() -> None:
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+
+
+def _synchronize() -> None:
+    torch.cuda.synchronize = lambda device=None: None
+
+
+class _Stream:
+    """A CUDA stream where everything runs in program order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: _Stream) -> None: ...
+
+    def wait_event(self, event: _Event) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: _Stream | None = None) -> None: ...
+
+    def wait(self, stream: _Stream | None = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _streams() -> None:
+    cuda: Any = torch.cuda
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    cuda.current_stream = lambda device=None: _Stream()
+    cuda.default_stream = lambda device=None: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+def _tensor_factories() -> None:
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and _names_cuda(device):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _tensor_cuda() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+
+
+def _tensor_type_name() -> None:
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if isinstance(result, str) and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign]
+
+
+def _random_state() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.random.default_generator.get_state()
+
+    def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.random.default_generator.set_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        torch.random.default_generator.manual_seed(seed)
+
+    class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
+        """megatron-core's tracker, without its check that the CPU generator stood still."""
+
+        @contextlib.contextmanager
+        def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+            outside = get_state()
+            set_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = get_state()
+                set_state(outside)
+
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
+    torch.cuda.manual_seed = manual_seed
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+    megatron_random.CudaRNGStatesTracker = CpuRNGStatesTracker
+
+
+def _split_sizes_as_lists() -> None:
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _mla_transformer_engine_flag() -> None:
+    import megatron.core.transformer.multi_latent_attention as multi_latent_attention
+
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
+
+
+def _router_gemm() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+CPU_PATCHES = (
+    Patch(
+        "current_device",
+        "megatron-core allocates on torch.cuda.current_device(), which raises without CUDA",
+        _current_device,
+    ),
+    Patch(
+        "synchronize",
+        "checkpoint writing and batched sends call torch.cuda.synchronize()",
+        _synchronize,
+    ),
+    Patch(
+        "streams",
+        "the all-to-all dispatcher and overlapped reductions create CUDA streams",
+        _streams,
+    ),
+    Patch(
+        "tensor_factories",
+        'schedules, optimizer and clipping build tensors with a literal device="cuda"',
+        _tensor_factories,
+    ),
+    Patch(
+        "tensor_cuda",
+        "checkpoint loading moves tensors with Tensor.cuda()",
+        _tensor_cuda,
+    ),
+    Patch(
+        "tensor_type_name",
+        "the optimizer sorts parameters by the strings torch.cuda.FloatTensor and BFloat16Tensor",
+        _tensor_type_name,
+    ),
+    Patch(
+        "random_state",
+        "the RNG tracker saves and restores CUDA generators, and warns when the CPU's moves",
+        _random_state,
+    ),
+    Patch(
+        "split_sizes_as_lists",
+        "all-to-all split sizes are turned into lists only when they are CUDA tensors",
+        _split_sizes_as_lists,
+    ),
+)
+
+NO_TRANSFORMER_ENGINE_PATCHES = (
+    Patch(
+        "mla_transformer_engine_flag",
+        "multi_latent_attention.HAVE_TE is true without it, and isinstance() meets a mock",
+        _mla_transformer_engine_flag,
+    ),
+    Patch(
+        "router_gemm",
+        "moe_utils.te_general_gemm stays undefined without it, and the fp32 router uses it",
+        _router_gemm,
+    ),
+)

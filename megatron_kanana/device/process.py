@@ -1,0 +1,115 @@
+"""Starting and ending one process of the job: device, process groups, random state."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_kanana.config import Environment, Settings, resolve_device, resolve_precision
+
+from .patches import apply_patches
+
+logger = logging.getLogger(__name__)
+
+PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this process computes.
+
+    Attributes:
+        torch_device: the CUDA device of this process, or the CPU.
+        dtype: format of weights and activations.
+    """
+
+    torch_device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this process computes on a GPU."""
+        return self.torch_device.type == "cuda"
+
+
+def prepare_device(settings: Settings, environment: Environment) -> Device:
+    """Choose the device and apply its patches; must come before megatron-core is imported."""
+    kind = resolve_device(settings.device, environment)
+    quiet_libraries()
+    if kind == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        torch_device = torch.device("cuda", local_rank)
+    else:
+        torch_device = torch.device("cpu")
+        torch.compiler.set_stance("force_eager")  # compiling takes longer than a tiny run
+        if "OMP_NUM_THREADS" not in os.environ or environment.local_world_size > 1:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // environment.local_world_size))
+    for patch in apply_patches(kind):
+        logger.debug("patch %s: %s", patch.name, patch.reason)
+    dtype = PRECISION_DTYPES[resolve_precision(settings.precision.compute, kind)]
+    return Device(torch_device, dtype)
+
+
+def quiet_libraries() -> None:
+    """Silence megatron-core's warnings about optional packages that this project does not use."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", message=".*pynvml package is deprecated.*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def initialize_process_groups(settings: Settings, device: Device) -> None:
+    """Join the other processes and lay the model over them (megatron-core's parallel_state)."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if "RANK" not in os.environ:
+        _pose_as_single_process()
+    dist.init_process_group(
+        "nccl" if device.is_cuda else "gloo",
+        timeout=datetime.timedelta(minutes=30),
+        device_id=device.torch_device if device.is_cuda else None,
+    )
+    parallel = settings.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline_stages if parallel.virtual_pipeline_stages > 1 else None
+        ),
+        expert_model_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+    torch.manual_seed(settings.seed)
+    model_parallel_cuda_manual_seed(settings.seed)
+
+
+def _pose_as_single_process() -> None:
+    """Give torch.distributed the variables that torchrun would have set."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+def destroy_process_groups() -> None:
+    """Leave the job."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

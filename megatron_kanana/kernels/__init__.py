@@ -1,0 +1,1 @@
+"""The project's own operations: one module an operation, several backends behind one signature."""

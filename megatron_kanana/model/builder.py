@@ -1,0 +1,51 @@
+"""Building this process's part of the model."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_kanana.config import Settings
+from megatron_kanana.device import Device
+
+from .initialization import initialize_weights
+from .layer_spec import block_spec
+
+
+def build_model(
+    settings: Settings, config: MLATransformerConfig, device: Device, attention_backend: str
+) -> list[torch.nn.Module]:
+    """The model chunks of this process, initialised: one, or one a virtual pipeline stage."""
+    stages = settings.parallel.virtual_pipeline_stages
+    return [
+        _build_chunk(settings, config, device, attention_backend, stage if stages > 1 else None)
+        for stage in range(stages)
+    ]
+
+
+def _build_chunk(
+    settings: Settings,
+    config: MLATransformerConfig,
+    device: Device,
+    attention_backend: str,
+    vp_stage: int | None,
+) -> torch.nn.Module:
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, attention_backend, vp_stage),
+        vocab_size=settings.model.padded_vocab_size,
+        max_sequence_length=settings.data.sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        vp_stage=vp_stage,
+    )
+    chunk.to(device.torch_device)
+    initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed)
+    if device.dtype == torch.bfloat16:
+        return Float16Module(config, chunk)
+    return chunk

@@ -1,0 +1,94 @@
+"""The Kanana-2 block as a megatron-core layer specification."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from .attention import MaxLogitCoreAttention
+from .norm import RMSNorm
+
+
+def block_spec(
+    config: MLATransformerConfig, attention_backend: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline rank's (virtual) stage, and the final norm."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = [
+        layer_spec(attention_backend, is_moe=bool(config.moe_layer_freq[index]))
+        for index in range(first, first + count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def layer_spec(attention_backend: str, *, is_moe: bool) -> ModuleSpec:
+    """One transformer layer: norm, MLA, norm, then experts or a dense feed-forward."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_attention_spec(attention_backend),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_moe_spec() if is_moe else ModuleSpec(module=MLP, submodules=_mlp_submodules()),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention_spec(backend: str) -> ModuleSpec:
+    # The down-projections are whole on every tensor-parallel rank. Split by columns, the shared
+    # rotary key would get only its own rank's gradient (megatron-core gathers it without a sum).
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=Linear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=Linear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=ModuleSpec(module=MaxLogitCoreAttention, params={"backend": backend}),
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
+        ),
+    )
+
+
+def _mlp_submodules() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _moe_spec() -> ModuleSpec:
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=_mlp_submodules()),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules()),
+        ),
+    )
+
+

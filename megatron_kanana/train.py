@@ -1,0 +1,76 @@
+"""The main job: train a Kanana-2 model.
+
+    python -m megatron_kanana.train [group=name ...] [setting=value ...]
+    torchrun --nproc-per-node 2 -m megatron_kanana.train parallel=expert_parallel
+
+The configuration is composed from megatron_kanana/conf and checked as a whole before anything
+starts; a wrong one ends with exit code 2 and the list of what to mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+
+from megatron_kanana.config import ConfigurationError, detect_environment, load_settings
+from megatron_kanana.config.help import settings_help
+
+EXIT_BAD_CONFIGURATION = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job on this process; returns its exit code."""
+    options = parse_arguments(arguments)
+    environment = detect_environment()
+    try:
+        settings = load_settings(options.overrides, environment, options.config_dir)
+    except ConfigurationError as error:
+        if environment.rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # the launcher stops every process with the first: let rank 0 speak
+        return EXIT_BAD_CONFIGURATION
+    if options.print_config:
+        import yaml
+
+        print(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+        return 0
+    level = logging.INFO if environment.rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
+
+    from megatron_kanana import device
+
+    where = device.prepare_device(settings, environment)
+    device.initialize_process_groups(settings, where)
+
+    from megatron_kanana.training.loop import train
+    from megatron_kanana.training.run import build_run, restore
+
+    run = build_run(settings, where)
+    restore(run)
+    train(run)
+    device.destroy_process_groups()
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command-line options; everything else is an override of the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_kanana.train",
+        description="Train a Kanana-2 model.",
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", help="group=name or setting=value")
+    parser.add_argument("--config-dir", help="folder with config groups of your own")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the checked configuration and stop"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Loss on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .metrics import local_loss_share
+from .run import Run, data_iterators
+from .step import run_schedule
+
+
+@contextmanager
+def evaluation_mode(run: Run) -> Iterator[None]:
+    """No gradients, no running maxima, no balancing statistics."""
+    for chunk in run.chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk in run.chunks:
+            chunk.train()
+
+
+def evaluate(run: Run, dataset: Any) -> float:
+    """Mean loss, in nats a token, over `schedule.evaluation_batches` fixed global batches."""
+    schedule = run.settings.schedule
+    iterators = data_iterators(
+        run, dataset, 0, schedule.evaluation_batches * schedule.global_batch_size
+    )
+    with evaluation_mode(run):
+        losses: list[torch.Tensor] = []
+        for _ in range(schedule.evaluation_batches):
+            losses += run_schedule(run, iterators, run.num_microbatches, forward_only=True)
+    share = torch.tensor(
+        local_loss_share(losses), dtype=torch.float64, device=run.device.torch_device
+    )
+    dist.all_reduce(share)
+    return float(share)

@@ -1,0 +1,88 @@
+"""The training loop: steps, measurements, evaluations, checkpoints, and the report at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+from megatron_kanana.checkpoint.folders import whole_path
+from megatron_kanana.checkpoint.writer import CheckpointWriter
+
+from .evaluation import evaluate
+from .generation import generate
+from .metrics import collect_metrics
+from .records import Recorder, read_records
+from .report import write_report
+from .run import Run, training_data
+from .step import train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: Run) -> None:
+    """Train from `run.step` to the end of the schedule, or to `stop_after_step`."""
+    settings = run.settings
+    schedule = settings.schedule
+    last_step = min(schedule.steps, settings.stop_after_step or schedule.steps)
+    if run.step >= last_step:
+        logger.info("nothing to train: the run is at step %d of %d", run.step, last_step)
+    run_dir = Path(settings.run_dir)
+    recorder = (
+        Recorder(run_dir, run.step, schedule.steps, tensorboard=settings.logging.tensorboard)
+        if dist.get_rank() == 0
+        else None
+    )
+    writer = CheckpointWriter(Path(settings.checkpoint_dir), settings.checkpoint)
+    iterators, evaluation_data = training_data(run)
+    measured_step, measured_time = run.step, time.monotonic()
+    while run.step < last_step:
+        result = train_step(run, iterators)
+        if run.step % settings.logging.interval == 0 or run.step == last_step:
+            metrics = collect_metrics(run.chunks, run.config, result.losses, run.expert_loads)
+            now = time.monotonic()
+            if recorder is not None:
+                tokens = schedule.global_batch_size * settings.data.sequence_length
+                rate = tokens * (run.step - measured_step) / (now - measured_time)
+                learning_rate = get_canonical_lr_for_logging(run.optimizer.param_groups)
+                recorder.record_step(
+                    run.step, metrics, result.grad_norm, learning_rate, rate
+                )
+            measured_step, measured_time = run.step, now
+        interval = schedule.evaluation_interval
+        if interval and (run.step % interval == 0 or run.step == schedule.steps):
+            loss = evaluate(run, evaluation_data)
+            if recorder is not None:
+                recorder.record_evaluation(run.step, loss)
+            measured_time = time.monotonic()
+        if settings.checkpoint.save_interval and run.step % settings.checkpoint.save_interval == 0:
+            writer.save(run)
+            measured_time = time.monotonic()
+        writer.poll()
+    writer.save(run)
+    writer.finish()
+    if run.step == schedule.steps and settings.logging.report:
+        _report(run, recorder)
+    if recorder is not None:
+        recorder.close()
+
+
+def _report(run: Run, recorder: Recorder | None) -> None:
+    settings = run.settings
+    sample = generate(run, settings.logging.sample_prompt, settings.logging.sample_tokens)
+    if recorder is None:
+        return
+    checkpoint = whole_path(Path(settings.checkpoint_dir), run.step)
+    report = Path(settings.run_dir) / "report.html"
+    write_report(
+        report,
+        read_records(recorder.path),
+        dataclasses.asdict(settings),
+        sample,
+        str(checkpoint),
+    )
+    recorder.say(f"text sample:\n{sample}\n\ncheckpoint: {checkpoint}\nreport: {report}")

@@ -1,0 +1,137 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from .metrics import StepMetrics
+
+SECONDS_BETWEEN_LINES = 2.0  # where there is no terminal to redraw a line on
+
+
+class Recorder:
+    """Writes measurements; used on one process only.
+
+    Lines of metrics.jsonl beyond the step a run resumes from are dropped, so the file always
+    tells one straight story.
+
+    Args:
+        run_dir: folder of the run.
+        start_step: step the run starts or goes on from.
+        total_steps: steps of the whole run.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    def __init__(
+        self, run_dir: Path, start_step: int, total_steps: int, *, tensorboard: bool
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_records(self.path) if line["step"] <= start_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a")
+        self._total_steps = total_steps
+        self._start_step = start_step
+        self._start_time = time.monotonic()
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, auto_refresh=False, transient=False)
+        self._last_line = float("-inf")
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        if self._console.is_terminal:
+            self._live.start()
+
+    def record_step(
+        self, step: int, metrics: StepMetrics, grad_norm: float, learning_rate: float,
+        tokens_per_second: float,
+    ) -> None:
+        """Write one measured step everywhere."""
+        scalars = {
+            "loss": metrics.loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": tokens_per_second,
+            "max_attention_logit": metrics.max_logit,
+            "max_violation": metrics.mean_max_violation,
+        }
+        self._write(
+            {
+                "step": step,
+                **scalars,
+                "max_attention_logits": metrics.max_logits,
+                "expert_loads": metrics.expert_loads,
+            }
+        )
+        layers = {
+            **{f"max_attention_logit/layer_{i}": v for i, v in enumerate(metrics.max_logits, 1)},
+            **{f"max_violation/layer_{i}": v for i, v in metrics.max_violations.items()},
+        }
+        self._scalars(step, {f"train/{name}": value for name, value in scalars.items()} | layers)
+        self._show(step, scalars)
+
+    def record_evaluation(self, step: int, loss: float) -> None:
+        """Write one evaluation."""
+        self._write({"step": step, "evaluation_loss": loss})
+        self._scalars(step, {"evaluation/loss": loss})
+        self.say(f"step {step}: held-out loss {loss:.4f}")
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress line."""
+        self._console.print(message, markup=False)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._console.is_terminal:
+            self._live.stop()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def _scalars(self, step: int, scalars: dict[str, float]) -> None:
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
+
+    def _show(self, step: int, scalars: dict[str, float]) -> None:
+        now = time.monotonic()
+        seconds_a_step = (now - self._start_time) / max(1, step - self._start_step)
+        left = int(seconds_a_step * (self._total_steps - step))
+        line = (
+            f"step {step}/{self._total_steps}  loss {scalars['loss']:.4f}"
+            f"  grad norm {scalars['grad_norm']:.3f}  lr {scalars['learning_rate']:.2e}"
+            f"  {scalars['tokens_per_second']:,.0f} tokens/s"
+            f"  max logit {scalars['max_attention_logit']:.2f}"
+            f"  MaxVio {scalars['max_violation']:.2f}  left {left // 60}:{left % 60:02d}"
+        )
+        if self._console.is_terminal:
+            self._live.update(Text(line), refresh=True)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._total_steps:
+            self._last_line = now
+            self.say(line)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut short by an interruption is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

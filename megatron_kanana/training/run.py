@@ -1,0 +1,166 @@
+"""Everything one process of a run holds, built from the settings."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_kanana.checkpoint import state as checkpoint_state
+from megatron_kanana.checkpoint.folders import newest_whole
+from megatron_kanana.config import Settings
+from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
+from megatron_kanana.data.loader import MicrobatchSampler, build_datasets, microbatches
+from megatron_kanana.data.tokenizer import SentencePieceTokenizer
+from megatron_kanana.device import Device
+from megatron_kanana.kernels.backend import choose_backend
+from megatron_kanana.model.builder import build_model
+from megatron_kanana.model.megatron_config import transformer_config
+from megatron_kanana.optimizer.adamw import (
+    build_optimizer,
+    build_scheduler,
+    wrap_data_parallel,
+)
+
+from .metrics import ExpertLoadRecorder
+
+logger = logging.getLogger(__name__)
+
+DataIterators = list[Any]
+"""One iterator of microbatches, or None, for each model chunk of the process."""
+
+
+@dataclass
+class Run:
+    """State of a run on one process.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: sequences the steps have used, over all processes.
+        expert_loads: remembers each step's tokens per expert.
+    """
+
+    settings: Settings
+    device: Device
+    config: MLATransformerConfig
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    tokenizer: SentencePieceTokenizer
+    blend: list[tuple[Path, float]]
+    expert_loads: ExpertLoadRecorder
+    step: int = 0
+    consumed_samples: int = 0
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes of one process in one step."""
+        return self.settings.num_microbatches(dist.get_world_size())
+
+
+def build_run(settings: Settings, device: Device) -> Run:
+    """Build data, model and optimizer; nothing is loaded yet."""
+    tokenizer, blend = prepare_data(settings)
+    schedule = settings.schedule
+    init_num_microbatches_calculator(
+        rank=dist.get_rank(),
+        rampup_batch_size=None,
+        global_batch_size=schedule.global_batch_size,
+        micro_batch_size=schedule.micro_batch_size,
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    config = transformer_config(settings, device)
+    backend = choose_backend(settings.kernels.backend, device.torch_device.type)
+    chunks = wrap_data_parallel(build_model(settings, config, device, backend), settings)
+    optimizer = build_optimizer(chunks, settings, device)
+    expert_loads = ExpertLoadRecorder()
+    config.finalize_model_grads_func = expert_loads.finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if settings.parallel.overlap_gradient_reduction:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return Run(
+        settings=settings,
+        device=device,
+        config=config,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, settings),
+        tokenizer=tokenizer,
+        blend=blend,
+        expert_loads=expert_loads,
+    )
+
+
+def prepare_data(settings: Settings) -> tuple[SentencePieceTokenizer, list[tuple[Path, float]]]:
+    """Tokenizer and blend; rank 0 makes the built-in ones at first use, the others wait."""
+    data, vocab_size = settings.data, settings.model.vocab_size
+    builtin = builtin_data(Path(data.cache_dir), vocab_size)
+    needs_builtin = data.tokenizer is None or not data.blend
+    if needs_builtin and dist.get_rank() == 0:
+        prepare_builtin_data(builtin, vocab_size)
+    dist.barrier()
+    tokenizer = SentencePieceTokenizer(data.tokenizer or builtin.tokenizer)
+    if data.blend:
+        return tokenizer, [(Path(entry.path), entry.weight) for entry in data.blend]
+    return tokenizer, list(builtin.datasets)
+
+
+def restore(run: Run) -> Path | None:
+    """Load the newest whole checkpoint of the run, else `checkpoint.load`; returns its folder."""
+    checkpoint = run.settings.checkpoint
+    path = newest_whole(Path(run.settings.checkpoint_dir)) if checkpoint.resume else None
+    if path is None and checkpoint.load is not None:
+        path = Path(checkpoint.load)
+    if path is not None:
+        checkpoint_state.load(run, path)
+        logger.info("loaded %s: step %d, %d samples", path, run.step, run.consumed_samples)
+    return path
+
+
+def training_data(run: Run) -> tuple[DataIterators, Any]:
+    """Iterators over the rest of the run's training microbatches, and the evaluation dataset."""
+    schedule = run.settings.schedule
+    evaluation_samples = schedule.evaluation_batches * schedule.global_batch_size
+    train, evaluation = build_datasets(
+        run.settings.data,
+        run.blend,
+        run.tokenizer,
+        run.settings.seed,
+        schedule.steps * schedule.global_batch_size,
+        evaluation_samples,
+    )
+    total = schedule.steps * schedule.global_batch_size
+    return data_iterators(run, train, run.consumed_samples, total), evaluation
+
+
+def data_iterators(run: Run, dataset: Any, consumed_samples: int, total: int) -> DataIterators:
+    """Microbatches for each model chunk that embeds tokens or computes the loss."""
+    sampler = MicrobatchSampler(
+        consumed_samples,
+        total,
+        run.settings.schedule.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+    def needs_data(vp_stage: int | None) -> bool:
+        return bool(
+            parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+            or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        )
+
+    stages = range(len(run.chunks)) if len(run.chunks) > 1 else [None]
+    return [
+        microbatches(dataset, sampler, run.settings.data.num_workers)
+        if needs_data(stage)
+        else None
+        for stage in stages
+    ]
+

@@ -1,0 +1,87 @@
+"""One optimizer step through megatron-core's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+
+from .run import DataIterators, Run
+
+
+@dataclass
+class StepResult:
+    """What one step gave on this process.
+
+    Attributes:
+        losses: mean loss of each microbatch; empty on processes without the output layer.
+        grad_norm: global norm of the gradients before clipping.
+        applied: whether the weights were updated.
+    """
+
+    losses: list[torch.Tensor]
+    grad_norm: float
+    applied: bool
+
+
+def train_step(run: Run, iterators: DataIterators) -> StepResult:
+    """Forward and backward passes of a global batch, gradient reduction, and the update.
+
+    The step with number k (from 1) uses the learning rate the schedule gives for k.
+    """
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    losses = run_schedule(run, iterators, run.num_microbatches, forward_only=False)
+    run.scheduler.step(increment=1)
+    applied, grad_norm, _ = run.optimizer.step()
+    clear_aux_losses_tracker()
+    run.step += 1
+    run.consumed_samples += run.settings.schedule.global_batch_size
+    return StepResult(losses, float(grad_norm), bool(applied))
+
+
+def run_schedule(
+    run: Run, iterators: DataIterators, num_microbatches: int, *, forward_only: bool
+) -> list[torch.Tensor]:
+    """Run microbatches through the pipeline; each one's mean loss, on the last stage."""
+    data = run.settings.data
+    several = len(run.chunks) > 1
+    results = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, run),
+        data_iterator=iterators if several else iterators[0],
+        model=run.chunks if several else run.chunks[0],
+        num_microbatches=num_microbatches,
+        seq_length=data.sequence_length,
+        micro_batch_size=run.settings.schedule.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return [result["loss"] for result in results]
+
+
+def _forward_step(run: Run, iterator: Iterator[Any] | None, chunk: Any) -> Any:
+    if iterator is None:  # a middle stage of the pipeline
+        return chunk(None, None, None), _unused_loss
+    batch = {
+        name: tensor.to(run.device.torch_device, non_blocking=True)
+        for name, tensor in next(iterator).items()
+    }
+    out = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return out, partial(masked_mean_loss, batch["loss_mask"])
+
+
+def masked_mean_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean over the tokens that count, of [batch, sequence] losses; for the schedule and for us."""
+    loss = (losses.float() * loss_mask).sum() / loss_mask.sum().clamp(min=1.0)
+    return loss, {"loss": loss.detach().clone()}  # the schedule divides the first in place
+
+
+def _unused_loss(_: torch.Tensor) -> Any:
+    raise AssertionError("the schedule computes losses on the last stage only")
