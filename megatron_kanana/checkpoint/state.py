@@ -18,9 +18,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_kanana.config import Settings
 
-# Optimizer state is stored parameter by parameter, so that it loads under any layout.
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
+from . import optimizer_state
 
 class Run(Protocol):
     """What is saved and restored."""
@@ -33,41 +31,37 @@ class Run(Protocol):
     consumed_samples: int
 
 
-def sharded_state(run: Run, *, is_loading: bool, with_random_state: bool) -> dict[str, Any]:
-    """The run's state as megatron-core's sharded state dict."""
-    model = {
-        f"model{index}": unwrap_model(chunk).sharded_state_dict()
-        for index, chunk in enumerate(run.chunks)
-    }
-    state: dict[str, Any] = {
+def saved_state(run: Run) -> dict[str, Any]:
+    """The run's state as megatron-core's sharded state dict, to be saved."""
+    model = model_state(run.chunks)
+    optimizer_parts = optimizer_state.sharded_parts(run.optimizer, model, is_loading=False)
+    return {
         **model,
-        "optimizer": run.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=OPTIMIZER_METADATA
-        ),
+        "optimizer": optimizer_state.tensors(optimizer_parts),
+        "optimizer_step": optimizer_state.step_count(optimizer_parts),
+        "scheduler": run.scheduler.state_dict(),
+        "random": _sharded_random_state(),
+        "step": run.step,
+        "consumed_samples": run.consumed_samples,
+        "layout": _layout(run.settings),
+        "settings": dataclasses.asdict(run.settings),
     }
-    if with_random_state:
-        state["random"] = ShardedObject(
-            "random_state", _random_state(), (dist.get_world_size(),), (dist.get_rank(),)
-        )
-    if not is_loading:
-        state["scheduler"] = run.scheduler.state_dict()
-        state["step"] = run.step
-        state["consumed_samples"] = run.consumed_samples
-        state["layout"] = _layout(run.settings)
-        state["settings"] = dataclasses.asdict(run.settings)
-    return state
 
 
 def load(run: Run, path: Path) -> None:
     """Restore model, optimizer, schedule, position and, under an unchanged layout, random state."""
     saved_layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+    model = model_state(run.chunks)
+    optimizer_parts = optimizer_state.sharded_parts(run.optimizer, model, is_loading=True)
+    wanted = {**model, "optimizer": optimizer_state.tensors(optimizer_parts)}
     same_layout = saved_layout == _layout(run.settings)
-    state = dist_checkpointing.load(
-        sharded_state(run, is_loading=True, with_random_state=same_layout), str(path)
+    if same_layout:
+        wanted["random"] = _sharded_random_state()
+    state = dist_checkpointing.load(wanted, str(path))
+    _load_model(run.chunks, state)
+    optimizer_state.load(
+        run.optimizer, optimizer_parts, state["optimizer"], state["optimizer_step"]
     )
-    for index, chunk in enumerate(run.chunks):
-        unwrap_model(chunk).load_state_dict(state[f"model{index}"])
-    run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.step = state["step"]
     run.consumed_samples = state["consumed_samples"]
@@ -77,13 +71,26 @@ def load(run: Run, path: Path) -> None:
 
 def load_model(chunks: Sequence[Any], path: Path) -> None:
     """Restore the weights alone."""
-    model = {
+    _load_model(chunks, dist_checkpointing.load(model_state(chunks), str(path)))
+
+
+def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
+    """Sharded state dicts of the model chunks; the tensors' keys are the same in every layout."""
+    return {
         f"model{index}": unwrap_model(chunk).sharded_state_dict()
         for index, chunk in enumerate(chunks)
     }
-    state = dist_checkpointing.load(model, str(path))
+
+
+def _load_model(chunks: Sequence[Any], state: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
         unwrap_model(chunk).load_state_dict(state[f"model{index}"])
+
+
+def _sharded_random_state() -> ShardedObject:
+    return ShardedObject(
+        "random_state", _random_state(), (dist.get_world_size(),), (dist.get_rank(),)
+    )
 
 
 def _layout(settings: Settings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron_kanana.config.schema import CheckpointSettings
 
 from .folders import discard_old, partial_path, publish
-from .state import OPTIMIZER_METADATA, Run, sharded_state
+from .state import Run, saved_state
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,7 @@ class CheckpointWriter:
             partial.mkdir(parents=True)
         dist.barrier()
         request = dist_checkpointing.save(
-            sharded_state(run, is_loading=False, with_random_state=True),
-            str(partial),
-            async_sharded_save=True,
-            content_metadata=OPTIMIZER_METADATA,
+            saved_state(run), str(partial), async_sharded_save=True
         )
         assert isinstance(request, AsyncRequest)
         request.add_finalize_fn(lambda: self._publish(step))

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import sentencepiece
+
 from .environment import (
     TESTED_MEGATRON_CORE,
     Environment,
@@ -17,6 +19,9 @@ from .environment import (
 )
 from .problems import Problem
 from .schema import Settings
+
+BUILTIN_VOCABULARY = (2048, 16384)
+"""Smallest and largest vocabulary that the built-in text is enough for."""
 
 
 def check(settings: Settings, environment: Environment) -> list[Problem]:
@@ -239,11 +244,17 @@ def check_schedule(settings: Settings, environment: Environment) -> Iterator[Pro
 
 def check_data(settings: Settings, environment: Environment) -> Iterator[Problem]:
     """Files the data settings name exist."""
-    data = settings.data
-    if data.tokenizer is not None and not Path(data.tokenizer).is_file():
+    data, vocab_size = settings.data, settings.model.vocab_size
+    smallest, largest = BUILTIN_VOCABULARY
+    if data.tokenizer is None and not smallest <= vocab_size <= largest:
         yield Problem(
-            "data.tokenizer", data.tokenizer, "no such file", "give a SentencePiece .model file"
+            "model.vocab_size",
+            vocab_size,
+            "the built-in text cannot train a tokenizer of this size",
+            f"choose {smallest} to {largest}, or name a tokenizer with data.tokenizer",
         )
+    if data.tokenizer is not None:
+        yield from check_tokenizer(data.tokenizer, vocab_size)
     if data.blend and data.tokenizer is None:
         yield Problem(
             "data.tokenizer",
@@ -260,6 +271,27 @@ def check_data(settings: Settings, environment: Environment) -> Iterator[Problem
                     f"{entry.path}{suffix} does not exist",
                     "make it with tools/preprocess_data.py",
                 )
+
+
+def check_tokenizer(path: str, vocab_size: int) -> Iterator[Problem]:
+    """The tokenizer can be read, and its ids are rows of the embedding."""
+    if not Path(path).is_file():
+        yield Problem("data.tokenizer", path, "no such file", "give a SentencePiece .model file")
+        return
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
+    except RuntimeError:
+        yield Problem(
+            "data.tokenizer", path, "is not a SentencePiece model", "give a .model file"
+        )
+        return
+    if pieces != vocab_size:
+        yield Problem(
+            "model.vocab_size",
+            vocab_size,
+            f"the tokenizer {path} has {pieces} pieces",
+            f"set model.vocab_size={pieces}, or name another tokenizer",
+        )
 
 
 def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[Problem]:

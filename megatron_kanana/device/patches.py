@@ -166,13 +166,13 @@ def _random_state() -> None:
     megatron_random.CudaRNGStatesTracker = CpuRNGStatesTracker
 
 
-def _split_sizes_as_lists() -> None:
+def _split_sizes_as_arrays() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     def maybe_move_tensor_to_cpu(
         tensor: Any, as_numpy: bool = False, record_stream: bool = False
     ) -> Any:
-        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
@@ -228,9 +228,9 @@ CPU_PATCHES = (
         _random_state,
     ),
     Patch(
-        "split_sizes_as_lists",
-        "all-to-all split sizes are turned into lists only when they are CUDA tensors",
-        _split_sizes_as_lists,
+        "split_sizes_as_arrays",
+        "all-to-all split sizes are turned into arrays only when they are CUDA tensors",
+        _split_sizes_as_arrays,
     ),
 )
 

@@ -44,8 +44,22 @@ def _build_chunk(
         share_embeddings_and_output_weights=False,
         vp_stage=vp_stage,
     )
+    _mark_expert_replicas(chunk, config)
     chunk.to(device.torch_device)
     initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed)
     if device.dtype == torch.bfloat16:
         return Float16Module(config, chunk)
     return chunk
+
+
+def _mark_expert_replicas(chunk: torch.nn.Module, config: MLATransformerConfig) -> None:
+    """Have the experts' gradients reduced over the processes that hold replicas of them.
+
+    megatron-core does so only with expert parallelism, but an expert that is split over fewer or
+    more processes than the dense layers has other replicas as well.
+    """
+    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]

@@ -64,14 +64,16 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         pipeline_dtype=device.dtype,
-        batch_p2p_comm=True,
+        # With two ranks both neighbours are the same process, and batched messages would be mixed up.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
         recompute_granularity="full" if full_recompute else None,
         recompute_method="uniform" if full_recompute else None,
         recompute_num_layers=1 if full_recompute else None,
         # Numbers
         bf16=device.dtype == torch.bfloat16,
         params_dtype=device.dtype,
-        perform_initialization=False,  # model/initialization.py does it, whatever the layout
+        perform_initialization=True,  # overwritten, but it also marks which parameters are split
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=device.is_cuda,
