@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow.parquet
-
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
     """The documents of one file, in order; empty ones are left out.
@@ -61,6 +59,8 @@ def _read_text(path: Path, _: str) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+    import pyarrow.parquet
+
     file = pyarrow.parquet.ParquetFile(path)
     if text_key not in file.schema_arrow.names:
         raise ValueError(

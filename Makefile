@@ -1,0 +1,58 @@
+# `make train` and `make test` do all their own set-up.
+#
+#   make train                                    the tiny Kanana-2 on this machine
+#   make train ARGS="schedule.steps=500"          with other settings
+#   make train PROCESSES=1                        on one process
+#   make test                                     style, types, formatting, every test
+#   make train VENV= PYTHON=python3               in an environment that has everything already
+
+PYTHON ?= python3
+VENV ?= .venv
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+PROCESSES ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+ARGS ?=
+PYTEST_ARGS ?=
+
+ifeq ($(VENV),)
+RUN := $(PYTHON) -m
+READY := .native-in-place
+else
+RUN := $(VENV)/bin/python -m
+READY := $(VENV)/.ready
+endif
+
+NATIVE := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: train test lint format clean
+
+train: $(READY)
+	$(RUN) torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m megatron_kanana.train $(ARGS)
+
+test: lint
+	$(RUN) pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h)
+
+format: $(READY)
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.h)
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.11")'
+	@command -v $${CXX:-c++} > /dev/null || { echo "A C++ compiler is needed: install g++ or clang, or set CXX."; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel ninja torch
+	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@touch $@
+
+.native-in-place: $(NATIVE)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	@touch $@
+
+clean:
+	rm -rf build *.egg-info .native-in-place megatron_kanana/_native.so $(VENV)
