@@ -1,6 +1,6 @@
 """Typed settings, their checks, and their translation to megatron-core."""
 
-from .compose import load_settings
+from .compose import load_settings, saved_settings
 from .environment import Environment, detect_environment, resolve_device, resolve_precision
 from .problems import ConfigurationError, Problem
 from .schema import Settings
@@ -14,4 +14,5 @@ __all__ = [
     "load_settings",
     "resolve_device",
     "resolve_precision",
+    "saved_settings",
 ]

@@ -64,6 +64,34 @@ def load_settings(
     return settings
 
 
+def saved_settings(
+    saved: Mapping[str, Any], overrides: Sequence[str], environment: Environment
+) -> Settings:
+    """The settings a checkpoint was made with, with overrides, checked for this launch.
+
+    Args:
+        saved: nested plain values, as a checkpoint holds them.
+        overrides: words such as `parallel.tensor_parallel_size=2`; groups cannot be chosen.
+        environment: the machine and the launch to check against.
+
+    Raises:
+        ConfigurationError: with all the problems found.
+    """
+    problems: list[Problem] = []
+    choices, assignments = _parse(overrides, None, problems)
+    problems += [
+        Problem("command line", word, "the groups are those of the checkpoint", "name a setting")
+        for word in choices
+    ]
+    values = _apply(OmegaConf.create(dict(saved)), assignments, problems)
+    settings = build(Settings, values, problems) if values is not None else None
+    if settings is not None:
+        problems.extend(check(settings, environment))
+    if settings is None or problems:
+        raise ConfigurationError(problems)
+    return settings
+
+
 def _without_faults(
     choices: Sequence[str],
     assignments: Sequence[Override],
@@ -100,6 +128,13 @@ def _compose(
             Problem("config groups", " ".join(choices), str(error), "mend the named YAML file")
         )
         return None
+    return _apply(config, assignments, problems)
+
+
+def _apply(
+    config: DictConfig, assignments: Sequence[Override], problems: list[Problem]
+) -> Mapping[str, Any] | None:
+    """Make the assignments and resolve interpolations."""
     OmegaConf.set_struct(config, False)
     for assignment in assignments:
         _assign(config, assignment, problems)

@@ -1,0 +1,69 @@
+"""Starting the main job as a user does: in processes of its own, with a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG_DIR = ROOT / "tests" / "configs"
+TIMEOUT_SECONDS = 150
+
+
+@dataclass
+class Finished:
+    """A process that has ended, with what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_python(
+    *arguments: str, processes: int = 1, timeout: float = TIMEOUT_SECONDS
+) -> Finished:
+    """Run Python, or torchrun with several processes; everything is killed at the time limit."""
+    command = [sys.executable]
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", *launcher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"no end after {timeout} s:\n{stdout}\n{stderr}") from None
+    return Finished(process.returncode, stdout, stderr)
+
+
+def train(
+    output_dir: Path, cache_dir: Path, run_name: str, *overrides: str, processes: int = 1
+) -> list[dict[str, Any]]:
+    """Run the main job on the small test model; the records of its metrics.jsonl."""
+    finished = run_python(
+        *("-m", "megatron_kanana.train", "--config-dir", str(CONFIG_DIR), "experiment=small"),
+        f"output_dir={output_dir}",
+        f"data.cache_dir={cache_dir}",
+        f"run_name={run_name}",
+        *overrides,
+        processes=processes,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    lines = (output_dir / run_name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,91 @@
+"""Every layout trains as one process does, from one saved checkpoint, in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import train
+
+FIRST_STEP, STEPS = 4, 5
+TOLERANCE = 1e-5  # relative
+
+TENSOR = "parallel.tensor_parallel_size=2"
+PIPELINE = "parallel.pipeline_parallel_size=2"
+VIRTUAL = "parallel.virtual_pipeline_stages=2"
+EXPERT = "parallel.expert_parallel_size=2"
+EXPERT_TENSOR = "parallel.expert_tensor_parallel_size=2"
+ALLGATHER = "parallel.token_dispatcher=allgather"
+OVERLAP = "parallel.overlap_gradient_reduction=true"
+RECOMPUTE = "parallel.recompute=full"
+
+LAYOUTS = {
+    "TP2": (2, [TENSOR]),
+    "PP2": (2, [PIPELINE]),
+    "PP2 with 2 virtual stages": (2, [PIPELINE, VIRTUAL]),
+    "EP2 alltoall": (2, [EXPERT]),
+    "EP2 allgather": (2, [EXPERT, ALLGATHER]),
+    "DP2 with the distributed optimizer": (2, []),
+    "DP2 with overlapped reduction": (2, [OVERLAP]),
+    "expert-TP2 with TP2": (2, [TENSOR, EXPERT_TENSOR]),
+    "expert-TP2 with DP2": (2, [EXPERT_TENSOR]),
+    "TP2 x PP2": (4, [TENSOR, PIPELINE]),
+    "TP2 x EP2": (2, [TENSOR, EXPERT]),
+    "PP2 x EP2": (4, [PIPELINE, EXPERT]),
+    "full recomputation": (1, [RECOMPUTE]),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """A checkpoint of one process after a few steps, so that optimizer state is not trivial."""
+    folder = tmp_path_factory.mktemp("start")
+    train(folder, cache_dir, "start", f"stop_after_step={FIRST_STEP}")
+    return folder / "start" / "checkpoints" / f"step_{FIRST_STEP:08d}"
+
+
+def go_on(
+    folder: Path, cache_dir: Path, checkpoint: Path, processes: int, overrides: list[str]
+) -> list[dict[str, Any]]:
+    """Records of the steps after the checkpoint."""
+    stop = f"stop_after_step={FIRST_STEP + STEPS}"
+    load = f"checkpoint.load={checkpoint}"
+    return train(folder, cache_dir, "run", load, stop, *overrides, processes=processes)
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, checkpoint: Path
+) -> list[dict[str, Any]]:
+    """What one process does from the checkpoint."""
+    return go_on(tmp_path_factory.mktemp("one"), cache_dir, checkpoint, 1, [])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradient_norms_are_those_of_one_process(
+    layout: str,
+    tmp_path: Path,
+    cache_dir: Path,
+    checkpoint: Path,
+    one_process: list[dict[str, Any]],
+) -> None:
+    processes, overrides = LAYOUTS[layout]
+    records = go_on(tmp_path, cache_dir, checkpoint, processes, overrides)
+    assert [record["step"] for record in records] == [5, 6, 7, 8, 9]
+    for ours, theirs in zip(records, one_process, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=TOLERANCE), (name, ours["step"])
+        assert ours["max_attention_logits"] == pytest.approx(
+            theirs["max_attention_logits"], rel=1e-4
+        )
+    assert records[0]["expert_loads"] == one_process[0]["expert_loads"]
+
+
+def test_a_run_from_scratch_starts_alike_in_every_layout(tmp_path: Path, cache_dir: Path) -> None:
+    stop = "stop_after_step=1"
+    alone = train(tmp_path, cache_dir, "alone", stop)
+    split = train(tmp_path, cache_dir, "split", stop, TENSOR, PIPELINE, processes=4)
+    assert split[0]["loss"] == pytest.approx(alone[0]["loss"], rel=TOLERANCE)
+    assert split[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=TOLERANCE)

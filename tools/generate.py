@@ -1,0 +1,72 @@
+"""Continue a text with the model of a checkpoint.
+
+    python tools/generate.py runs/kanana_2_tiny/checkpoints/step_00000120 --prompt "def "
+
+Any layout will do, whatever the checkpoint was made with:
+
+    torchrun --nproc-per-node 2 tools/generate.py CHECKPOINT parallel.tensor_parallel_size=2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_kanana import device
+from megatron_kanana.config import ConfigurationError, detect_environment, saved_settings
+
+SAVED_COMMON_STATE = "common.pt"
+ONE_PROCESS = (
+    "parallel.tensor_parallel_size=1",
+    "parallel.pipeline_parallel_size=1",
+    "parallel.virtual_pipeline_stages=1",
+    "parallel.expert_parallel_size=1",
+    "parallel.expert_tensor_parallel_size=1",
+)
+
+
+def main() -> int:
+    """Load, generate, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="a step_… folder")
+    parser.add_argument("overrides", nargs="*", help="setting=value, for another layout or device")
+    parser.add_argument("--prompt", default="def ", help="text to continue")
+    parser.add_argument("--max-tokens", type=int, default=128, help="tokens to generate at most")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    options = parser.parse_args()
+    if not (options.checkpoint / SAVED_COMMON_STATE).is_file():
+        print(f"{options.checkpoint} is not a whole checkpoint: name a step_… folder", file=sys.stderr)
+        return 2
+    saved = torch.load(options.checkpoint / SAVED_COMMON_STATE, weights_only=False)["settings"]
+    environment = detect_environment()
+    try:
+        settings = saved_settings(
+            saved, [*ONE_PROCESS, "schedule.micro_batch_size=1", *options.overrides], environment
+        )
+    except ConfigurationError as error:
+        if environment.rank == 0:
+            print(error, file=sys.stderr)
+        return 2
+    where = device.prepare_device(settings, environment)
+    device.initialize_process_groups(settings, where)
+
+    from megatron_kanana.checkpoint.state import load_model
+    from megatron_kanana.training.generation import generate
+    from megatron_kanana.training.run import build_run
+
+    run = build_run(settings, where)
+    load_model(run.chunks, options.checkpoint)
+    text = generate(run, options.prompt, options.max_tokens, options.seed)
+    if environment.rank == 0:
+        print(text)
+    device.destroy_process_groups()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
