@@ -1,6 +1,6 @@
 """The default run from start to end on this machine: does it learn, and how fast.
 
-    python -m benchmarks.train_tiny --name train_tiny_cpu
+python -m benchmarks.train_tiny --name train_tiny_cpu
 """
 
 from __future__ import annotations

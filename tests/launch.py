@@ -25,9 +25,7 @@ class Finished:
     stderr: str
 
 
-def run_python(
-    *arguments: str, processes: int = 1, timeout: float = TIMEOUT_SECONDS
-) -> Finished:
+def run_python(*arguments: str, processes: int = 1, timeout: float = TIMEOUT_SECONDS) -> Finished:
     """Run Python, or torchrun with several processes; everything is killed at the time limit."""
     command = [sys.executable]
     if processes > 1:

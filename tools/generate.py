@@ -13,12 +13,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from megatron_kanana import device
-from megatron_kanana.config import ConfigurationError, detect_environment, saved_settings
+from megatron_kanana.config import (
+    TOKENIZER_FILE,
+    ConfigurationError,
+    detect_environment,
+    read_settings,
+    saved_settings,
+)
 
-SAVED_COMMON_STATE = "common.pt"
 ONE_PROCESS = (
     "parallel.tensor_parallel_size=1",
     "parallel.pipeline_parallel_size=1",
@@ -39,14 +42,23 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens to generate at most")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     options = parser.parse_args()
-    if not (options.checkpoint / SAVED_COMMON_STATE).is_file():
-        print(f"{options.checkpoint} is not a whole checkpoint: name a step_… folder", file=sys.stderr)
+    try:
+        saved = read_settings(options.checkpoint)
+    except FileNotFoundError as error:
+        print(f"not a whole checkpoint, name a step_… folder: {error}", file=sys.stderr)
         return 2
-    saved = torch.load(options.checkpoint / SAVED_COMMON_STATE, weights_only=False)["settings"]
     environment = detect_environment()
     try:
         settings = saved_settings(
-            saved, [*ONE_PROCESS, "schedule.micro_batch_size=1", *options.overrides], environment
+            saved,
+            [
+                *ONE_PROCESS,
+                f"data.tokenizer='{options.checkpoint / TOKENIZER_FILE}'",
+                f"schedule.global_batch_size={environment.world_size}",
+                "schedule.micro_batch_size=1",
+                *options.overrides,
+            ],
+            environment,
         )
     except ConfigurationError as error:
         if environment.rank == 0:
@@ -57,11 +69,11 @@ def main() -> int:
 
     from megatron_kanana.checkpoint.state import load_model
     from megatron_kanana.training.generation import generate
-    from megatron_kanana.training.run import build_run
+    from megatron_kanana.training.run import build_bare_model
 
-    run = build_run(settings, where)
-    load_model(run.chunks, options.checkpoint)
-    text = generate(run, options.prompt, options.max_tokens, options.seed)
+    model = build_bare_model(settings, where)
+    load_model(model.chunks, options.checkpoint)
+    text = generate(model, options.prompt, options.max_tokens, options.seed)
     if environment.rank == 0:
         print(text)
     device.destroy_process_groups()

@@ -40,7 +40,9 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="replace an existing dataset")
     options = parser.parse_args()
     problems = [
-        f"{path}: no such file" for path in [*options.inputs, options.tokenizer] if not path.is_file()
+        f"{path}: no such file"
+        for path in [*options.inputs, options.tokenizer]
+        if not path.is_file()
     ]
     if Path(f"{options.output}.idx").exists() and not options.force:
         problems.append(f"{options.output}.idx exists: give another --output, or --force")

@@ -31,12 +31,6 @@ def whole_steps(directory: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
-def newest_whole(directory: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    steps = whole_steps(directory)
-    return whole_path(directory, steps[-1]) if steps else None
-
-
 def publish(directory: Path, step: int) -> None:
     """Give a finished checkpoint its name."""
     whole = whole_path(directory, step)

@@ -20,11 +20,13 @@ from megatron_kanana.config import Settings
 
 from . import optimizer_state
 
+
 class Run(Protocol):
     """What is saved and restored."""
 
     settings: Settings
     chunks: list[Any]
+    tokenizer: Any
     optimizer: Any
     scheduler: Any
     step: int
@@ -44,7 +46,6 @@ def saved_state(run: Run) -> dict[str, Any]:
         "step": run.step,
         "consumed_samples": run.consumed_samples,
         "layout": _layout(run.settings),
-        "settings": dataclasses.asdict(run.settings),
     }
 
 

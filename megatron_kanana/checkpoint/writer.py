@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
+from megatron_kanana.config import TOKENIZER_FILE, write_settings
 from megatron_kanana.config.schema import CheckpointSettings
 
 from .folders import discard_old, partial_path, publish
@@ -42,10 +43,10 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            write_settings(partial, run.settings)
+            shutil.copyfile(run.tokenizer.path, partial / TOKENIZER_FILE)
         dist.barrier()
-        request = dist_checkpointing.save(
-            saved_state(run), str(partial), async_sharded_save=True
-        )
+        request = dist_checkpointing.save(saved_state(run), str(partial), async_sharded_save=True)
         assert isinstance(request, AsyncRequest)
         request.add_finalize_fn(lambda: self._publish(step))
         if self.settings.asynchronous:

@@ -1,18 +1,23 @@
-"""Typed settings, their checks, and their translation to megatron-core."""
+"""Typed settings, where they come from, and the checks on them."""
 
 from .compose import load_settings, saved_settings
 from .environment import Environment, detect_environment, resolve_device, resolve_precision
 from .problems import ConfigurationError, Problem
+from .saved import TOKENIZER_FILE, checkpoint_to_start_from, read_settings, write_settings
 from .schema import Settings
 
 __all__ = [
+    "TOKENIZER_FILE",
     "ConfigurationError",
     "Environment",
     "Problem",
     "Settings",
+    "checkpoint_to_start_from",
     "detect_environment",
     "load_settings",
+    "read_settings",
     "resolve_device",
     "resolve_precision",
     "saved_settings",
+    "write_settings",
 ]

@@ -6,6 +6,8 @@ declared beside it in `schema.py`.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from .environment import (
     resolve_precision,
 )
 from .problems import Problem
+from .saved import SETTINGS_FILE, checkpoint_to_start_from, read_settings
 from .schema import Settings
 
 BUILTIN_VOCABULARY = (2048, 16384)
@@ -87,8 +90,13 @@ def check_device(settings: Settings, environment: Environment) -> Iterator[Probl
             "kernels.backend", backend, "is for CUDA devices", "choose csrc, torch or auto"
         )
     if backend == "csrc" and device == "cuda":
+        yield Problem("kernels.backend", backend, "runs on CPUs only", "choose sdpa, torch or auto")
+    elif backend == "csrc" and not environment.has_native_library:
         yield Problem(
-            "kernels.backend", backend, "runs on CPUs only", "choose sdpa, torch or auto"
+            "kernels.backend",
+            backend,
+            "the compiled operations are not built",
+            "run pip install --no-build-isolation -e . or choose torch or auto",
         )
 
 
@@ -281,9 +289,7 @@ def check_tokenizer(path: str, vocab_size: int) -> Iterator[Problem]:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
     except RuntimeError:
-        yield Problem(
-            "data.tokenizer", path, "is not a SentencePiece model", "give a .model file"
-        )
+        yield Problem("data.tokenizer", path, "is not a SentencePiece model", "give a .model file")
         return
     if pieces != vocab_size:
         yield Problem(
@@ -295,15 +301,17 @@ def check_tokenizer(path: str, vocab_size: int) -> Iterator[Problem]:
 
 
 def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[Problem]:
-    """Checkpoints can be found, and written where they should go."""
+    """Checkpoints can be found, fit the model, and can be written where they should go."""
     checkpoint = settings.checkpoint
-    if checkpoint.load is not None and not (Path(checkpoint.load) / "metadata.json").is_file():
+    if checkpoint.load is not None and not (Path(checkpoint.load) / SETTINGS_FILE).is_file():
         yield Problem(
             "checkpoint.load",
             checkpoint.load,
             "is not a whole checkpoint",
-            "name a step_… folder that holds metadata.json",
+            f"name a step_… folder that holds {SETTINGS_FILE}",
         )
+    else:
+        yield from check_saved_model(settings)
     if checkpoint.keep_every and checkpoint.save_interval == 0:
         yield Problem(
             "checkpoint.keep_every",
@@ -318,7 +326,31 @@ def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[P
             f"is not a multiple of checkpoint.save_interval = {checkpoint.save_interval}",
             "choose a multiple of it",
         )
-    for name, folder in (("output_dir", settings.run_dir), ("checkpoint.directory", settings.checkpoint_dir)):
-        blocking = next((p for p in [Path(folder), *Path(folder).parents] if p.exists()), None)
-        if blocking is not None and not blocking.is_dir():
-            yield Problem(name, folder, f"{blocking} is a file", "name a folder")
+    for name, folder in (
+        ("output_dir", settings.run_dir),
+        ("checkpoint.directory", settings.checkpoint_dir),
+        ("data.cache_dir", settings.data.cache_dir),
+    ):
+        path = Path(folder).absolute()
+        existing = next(p for p in [path, *path.parents] if p.exists())
+        if not existing.is_dir():
+            yield Problem(name, folder, f"{existing} is a file", "name a folder")
+        elif not os.access(existing, os.W_OK):
+            yield Problem(name, folder, f"{existing} cannot be written to", "name another folder")
+
+
+def check_saved_model(settings: Settings) -> Iterator[Problem]:
+    """The checkpoint that the run would start from holds this model."""
+    path = checkpoint_to_start_from(settings)
+    if path is None:
+        return
+    saved = read_settings(path)["model"]
+    for field in dataclasses.fields(settings.model):
+        value = getattr(settings.model, field.name)
+        if field.metadata.get("fixed_by_checkpoint") and saved.get(field.name) != value:
+            yield Problem(
+                f"model.{field.name}",
+                value,
+                f"the checkpoint {path} was made with {saved.get(field.name)}",
+                "take that value, or another run_name (or checkpoint.resume=false) to start anew",
+            )

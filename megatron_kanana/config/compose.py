@@ -117,9 +117,7 @@ def _compose(
     problems: list[Problem],
 ) -> Mapping[str, Any] | None:
     """Compose the groups and apply the assignments; nested plain values, or None on failure."""
-    search_path = (
-        [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    )
+    search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose("config", overrides=[*choices, *search_path])
@@ -161,7 +159,9 @@ def _parse(
             (override,) = parser.parse_overrides([word])
         except HydraException:
             problems.append(
-                Problem("command line", word, "cannot be read", "write setting=value, or group=name")
+                Problem(
+                    "command line", word, "cannot be read", "write setting=value, or group=name"
+                )
             )
             continue
         if override.is_sweep_override() or override.is_delete():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 TESTED_MEGATRON_CORE = ("0.16.1",)
 """Versions of megatron-core that the test suite or a committed card ran on."""
+
+NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
+"""The compiled operations of csrc/, built by `pip install` or `make`."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Environment:
         local_world_size: processes of the job on this machine.
         cuda_device_count: CUDA devices this process can see.
         megatron_core_version: installed version, or None.
-        has_transformer_engine: whether Transformer Engine can be imported.
+        has_native_library: whether the compiled operations of csrc/ were built.
     """
 
     world_size: int = 1
@@ -29,7 +32,7 @@ class Environment:
     local_world_size: int = 1
     cuda_device_count: int = 0
     megatron_core_version: str | None = TESTED_MEGATRON_CORE[0]
-    has_transformer_engine: bool = False
+    has_native_library: bool = True
 
     @property
     def has_cuda(self) -> bool:
@@ -51,7 +54,7 @@ def detect_environment() -> Environment:
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         cuda_device_count=torch.cuda.device_count(),
         megatron_core_version=megatron_core_version,
-        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        has_native_library=NATIVE_LIBRARY.is_file(),
     )
 
 

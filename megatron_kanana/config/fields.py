@@ -22,6 +22,7 @@ def setting(
     above: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
+    fixed_by_checkpoint: bool = False,
 ) -> Any:
     """Declare one setting of a settings dataclass.
 
@@ -32,9 +33,14 @@ def setting(
         above: the value must be greater than this.
         maximum: largest allowed value.
         choices: allowed strings.
+        fixed_by_checkpoint: whether weights saved with one value are useless with another.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "choices": choices}
-    metadata = {"help": help, **{key: value for key, value in limits.items() if value is not None}}
+    metadata = {
+        "help": help,
+        "fixed_by_checkpoint": fixed_by_checkpoint,
+        **{key: value for key, value in limits.items() if value is not None},
+    }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -71,9 +77,7 @@ def build(
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return (
-        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    )
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _listing(prefix: str, known: Mapping[str, Any]) -> str:
@@ -90,29 +94,34 @@ def _convert(
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            problems.append(Problem(path, value, "is not a group of settings", f"write {path}.…=…"))
-            return None
-        return build(typing.cast(type, hint), value, problems, f"{path}.")
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, (list, tuple)):
-            problems.append(Problem(path, value, "is not a list", f"write {path}=[…]"))
-            return None
-        (item_hint,) = typing.get_args(hint)
-        return [
-            _convert(item_hint, item, f"{path}[{i}]", metadata, problems)
-            for i, item in enumerate(value)
-        ]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        wanted = names[hint] + (" or null" if optional else "")
-        remedy = f"give {wanted}: {metadata['help']}"
-        problems.append(Problem(path, value, f"is not {wanted}", remedy))
+        if isinstance(value, Mapping):
+            return build(typing.cast(type, hint), value, problems, f"{path}.")
+        problems.append(Problem(path, value, "is not a group of settings", f"write {path}.…=…"))
         return None
-    _check_limits(value, path, metadata, problems)
-    return value
+    if typing.get_origin(hint) is list:
+        return _convert_list(typing.get_args(hint)[0], value, path, metadata, problems)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is hint:
+        _check_limits(value, path, metadata, problems)
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    wanted = names[hint] + (" or null" if optional else "")
+    remedy = f"give {wanted}: {metadata['help']}"
+    problems.append(Problem(path, value, f"is not {wanted}", remedy))
+    return None
+
+
+def _convert_list(
+    hint: Any, value: Any, path: str, metadata: Mapping[str, Any], problems: list[Problem]
+) -> list[Any] | None:
+    if not isinstance(value, (list, tuple)):
+        problems.append(Problem(path, value, "is not a list", f"write {path}=[…]"))
+        return None
+    return [
+        _convert(hint, item, f"{path}[{index}]", metadata, problems)
+        for index, item in enumerate(value)
+    ]
 
 
 def _check_limits(

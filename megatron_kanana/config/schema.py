@@ -6,8 +6,11 @@ Each class is one Hydra group; `Settings` is the whole. Values come from `megatr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from .fields import setting
+
+architecture = partial(setting, fixed_by_checkpoint=True)
 
 
 @dataclass(kw_only=True)
@@ -15,25 +18,27 @@ class ModelSettings:
     """The network: multi-head latent attention (MLA) and fine-grained mixture of experts (MoE)."""
 
     name: str = setting(help="name of the model, for reports")
-    num_layers: int = setting(help="transformer layers", minimum=1)
-    hidden_size: int = setting(help="width of the residual stream", minimum=1)
-    num_attention_heads: int = setting(help="attention heads", minimum=1)
-    vocab_size: int = setting(help="tokenizer vocabulary", minimum=300)
-    ffn_hidden_size: int = setting(help="width of the dense layers' feed-forward", minimum=1)
-    num_dense_layers: int = setting(
+    num_layers: int = architecture(help="transformer layers", minimum=1)
+    hidden_size: int = architecture(help="width of the residual stream", minimum=1)
+    num_attention_heads: int = architecture(help="attention heads", minimum=1)
+    vocab_size: int = architecture(help="tokenizer vocabulary", minimum=300)
+    ffn_hidden_size: int = architecture(help="width of the dense layers' feed-forward", minimum=1)
+    num_dense_layers: int = architecture(
         1, help="first layers that have a dense feed-forward, no experts", minimum=0
     )
-    q_lora_rank: int | None = setting(
+    q_lora_rank: int | None = architecture(
         None, help="rank of the query down-projection; null projects queries directly", minimum=1
     )
-    kv_lora_rank: int = setting(help="width of the compressed key-value latent", minimum=1)
-    qk_nope_head_dim: int = setting(help="query-key width without position, a head", minimum=1)
-    qk_rope_head_dim: int = setting(help="query-key width with rotary position, a head", minimum=2)
-    v_head_dim: int = setting(help="value width, a head", minimum=1)
-    num_experts: int = setting(help="routed experts of a layer", minimum=1)
+    kv_lora_rank: int = architecture(help="width of the compressed key-value latent", minimum=1)
+    qk_nope_head_dim: int = architecture(help="query-key width without position, a head", minimum=1)
+    qk_rope_head_dim: int = architecture(
+        help="query-key width with rotary position, a head", minimum=2
+    )
+    v_head_dim: int = architecture(help="value width, a head", minimum=1)
+    num_experts: int = architecture(help="routed experts of a layer", minimum=1)
     num_experts_per_token: int = setting(help="routed experts each token visits", minimum=1)
-    num_shared_experts: int = setting(help="experts every token visits", minimum=0)
-    moe_ffn_hidden_size: int = setting(help="width of one expert", minimum=1)
+    num_shared_experts: int = architecture(help="experts every token visits", minimum=0)
+    moe_ffn_hidden_size: int = architecture(help="width of one expert", minimum=1)
     routed_scaling_factor: float = setting(
         help="factor on the routed experts' sum (DeepSeek-V3, section 2.1.2)", above=0.0
     )
@@ -48,11 +53,11 @@ class ModelSettings:
     )
     rotary_base: float = setting(10000.0, help="rotary embedding base", above=0.0)
     norm_epsilon: float = setting(1e-6, help="epsilon of RMSNorm", above=0.0)
-    zero_centered_gamma: bool = setting(
+    zero_centered_gamma: bool = architecture(
         False, help="store RMSNorm's gain as gain - 1, so that weight decay pulls it to 1"
     )
     init_std: float = setting(0.02, help="standard deviation of initial weights", above=0.0)
-    vocab_size_multiple: int = setting(
+    vocab_size_multiple: int = architecture(
         128, help="embedding rows are padded to a multiple of this, whatever the layout", minimum=1
     )
 
@@ -78,9 +83,7 @@ class ParallelSettings:
     virtual_pipeline_stages: int = setting(
         1, help="interleaved stages each pipeline rank holds", minimum=1
     )
-    expert_parallel_size: int = setting(
-        1, help="processes the experts are dealt over", minimum=1
-    )
+    expert_parallel_size: int = setting(1, help="processes the experts are dealt over", minimum=1)
     expert_tensor_parallel_size: int = setting(
         1, help="processes one expert is split over", minimum=1
     )
@@ -104,9 +107,7 @@ class PrecisionSettings:
         help="format of weights and activations; auto is bf16 on CUDA and fp32 on a CPU",
         choices=("auto", "fp32", "bf16", "fp8"),
     )
-    reduce_gradients_in_fp32: bool = setting(
-        True, help="accumulate and reduce gradients in fp32"
-    )
+    reduce_gradients_in_fp32: bool = setting(True, help="accumulate and reduce gradients in fp32")
 
 
 @dataclass(kw_only=True)
@@ -142,9 +143,7 @@ class ScheduleSettings:
     evaluation_interval: int = setting(
         0, help="steps between evaluations on held-out text; 0 never evaluates", minimum=0
     )
-    evaluation_batches: int = setting(
-        4, help="global batches of one evaluation", minimum=1
-    )
+    evaluation_batches: int = setting(4, help="global batches of one evaluation", minimum=1)
 
 
 @dataclass(kw_only=True)
@@ -228,10 +227,13 @@ class Settings:
     output_dir: str = setting("runs", help="folder of all runs")
     seed: int = setting(1234, help="seed of weights and of the order of samples", minimum=0)
     device: str = setting(
-        "auto", help="where to run; auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
+        "auto",
+        help="where to run; auto takes CUDA where there is one",
+        choices=("auto", "cpu", "cuda"),
     )
     stop_after_step: int | None = setting(
-        None, help="save and stop after this step, as if interrupted; the schedule is unchanged",
+        None,
+        help="save and stop after this step, as if interrupted; the schedule is unchanged",
         minimum=1,
     )
     model: ModelSettings = setting(help="the network")

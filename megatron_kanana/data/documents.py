@@ -23,8 +23,10 @@ def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
         ".parquet": _read_parquet,
     }
     if path.suffix not in readers:
-        raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; "
-                         f"give {', '.join(readers)}")
+        raise ValueError(
+            f"{path}: cannot read {path.suffix or 'a file without suffix'}; "
+            f"give {', '.join(readers)}"
+        )
     return (text for text in readers[path.suffix](path, text_key) if text.strip())
 
 

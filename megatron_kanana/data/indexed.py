@@ -50,7 +50,9 @@ def write_dataset(
     """
     tokenizer = SentencePieceTokenizer(tokenizer_path)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    partial = {suffix: prefix.parent / f"{prefix.name}{suffix}.partial" for suffix in (".bin", ".idx")}
+    partial = {
+        suffix: prefix.parent / f"{prefix.name}{suffix}.partial" for suffix in (".bin", ".idx")
+    }
     builder = IndexedDatasetBuilder(
         str(partial[".bin"]), dtype=DType.optimal_dtype(tokenizer.vocab_size)
     )

@@ -80,7 +80,9 @@ def build_datasets(
     return train, evaluation
 
 
-def microbatches(dataset: Any, sampler: MicrobatchSampler, num_workers: int) -> Iterator[Microbatch]:
+def microbatches(
+    dataset: Any, sampler: MicrobatchSampler, num_workers: int
+) -> Iterator[Microbatch]:
     """Batches of tokens, labels, loss_mask and position_ids, each [micro batch, sequence]."""
     loader = torch.utils.data.DataLoader(
         dataset,

@@ -118,7 +118,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _tensor_cuda() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _tensor_type_name() -> None:
@@ -130,20 +130,20 @@ def _tensor_type_name() -> None:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
-    torch.Tensor.type = type_name  # type: ignore[method-assign]
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
 
 
 def _random_state() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
 
     def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.random.default_generator.get_state()
+        return torch.default_generator.get_state()
 
     def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.random.default_generator.set_state(new_state)
+        torch.default_generator.set_state(new_state)
 
     def manual_seed(seed: int) -> None:
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
 
     class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
         """megatron-core's tracker, without its check that the CPU generator stood still."""
@@ -167,7 +167,7 @@ def _random_state() -> None:
 
 
 def _split_sizes_as_arrays() -> None:
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     def maybe_move_tensor_to_cpu(
         tensor: Any, as_numpy: bool = False, record_stream: bool = False
@@ -178,14 +178,14 @@ def _split_sizes_as_arrays() -> None:
 
 
 def _mla_transformer_engine_flag() -> None:
-    import megatron.core.transformer.multi_latent_attention as multi_latent_attention
+    from megatron.core.transformer import multi_latent_attention
 
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.HAVE_TE = False
 
 
 def _router_gemm() -> None:
-    import megatron.core.transformer.moe.moe_utils as moe_utils
+    from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

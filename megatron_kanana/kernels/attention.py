@@ -22,7 +22,7 @@ def causal_attention(
     backend: str,
     with_max_logits: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """softmax(scale * Q K^T + causal mask) V, and max over batch, query and visible key of scale * Q K^T.
+    """softmax(scale * Q K^T + causal mask) V, and each head's largest visible scale * Q K^T.
 
     Args:
         query_SBNH, key_SBNH: [sequence, batch, heads, query-key width], any float dtype.
@@ -33,12 +33,10 @@ def causal_attention(
 
     Returns:
         the output [sequence, batch, heads, value width] in the dtype of `value_SBNV`, and the
-        maxima [heads] in fp32 without gradient, or None.
+        maxima over batch, query and visible key, [heads] in fp32 without gradient, or None.
     """
     implementation = {"torch": _torch_attention, "csrc": _csrc_attention, "sdpa": _sdpa_attention}
-    return implementation[backend](
-        query_SBNH, key_SBNH, value_SBNV, softmax_scale, with_max_logits
-    )
+    return implementation[backend](query_SBNH, key_SBNH, value_SBNV, softmax_scale, with_max_logits)
 
 
 def _torch_attention(

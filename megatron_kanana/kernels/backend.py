@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
+from megatron_kanana.config.environment import NATIVE_LIBRARY
 
-NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
+logger = logging.getLogger(__name__)
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -33,7 +35,7 @@ def _build_chunk(
     attention_backend: str,
     vp_stage: int | None,
 ) -> torch.nn.Module:
-    chunk = GPTModel(
+    chunk: Any = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, attention_backend, vp_stage),
         vocab_size=settings.model.padded_vocab_size,
@@ -47,9 +49,9 @@ def _build_chunk(
     _mark_expert_replicas(chunk, config)
     chunk.to(device.torch_device)
     initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed)
-    if device.dtype == torch.bfloat16:
-        return Float16Module(config, chunk)
-    return chunk
+    in_bf16 = device.dtype == torch.bfloat16
+    module: torch.nn.Module = Float16Module(config, chunk) if in_bf16 else chunk
+    return module
 
 
 def _mark_expert_replicas(chunk: torch.nn.Module, config: MLATransformerConfig) -> None:

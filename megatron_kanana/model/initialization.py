@@ -57,8 +57,7 @@ def _fill(shard: ShardedTensor, model: ModelSettings, seed: int) -> None:
     whole = torch.empty(shape, dtype=torch.float32, device=device)
     whole.normal_(0.0, std, generator=generator)
     local = tuple(
-        slice(start, start + size)
-        for start, size in zip(offset, shard.local_shape, strict=True)
+        slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True)
     )
     with torch.no_grad():
         shard.data.copy_(whole[local].view_as(shard.data))

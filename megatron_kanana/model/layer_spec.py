@@ -90,5 +90,3 @@ def _moe_spec() -> ModuleSpec:
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules()),
         ),
     )
-
-

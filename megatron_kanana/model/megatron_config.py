@@ -64,7 +64,7 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         pipeline_dtype=device.dtype,
-        # With two ranks both neighbours are the same process, and batched messages would be mixed up.
+        # With two ranks both neighbours are the same process, which would mix up batched messages.
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         recompute_granularity="full" if full_recompute else None,

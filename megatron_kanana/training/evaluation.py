@@ -10,20 +10,20 @@ import torch
 import torch.distributed as dist
 
 from .metrics import local_loss_share
-from .run import Run, data_iterators
+from .run import Model, Run, data_iterators
 from .step import run_schedule
 
 
 @contextmanager
-def evaluation_mode(run: Run) -> Iterator[None]:
+def evaluation_mode(model: Model) -> Iterator[None]:
     """No gradients, no running maxima, no balancing statistics."""
-    for chunk in run.chunks:
+    for chunk in model.chunks:
         chunk.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for chunk in run.chunks:
+        for chunk in model.chunks:
             chunk.train()
 
 

@@ -49,9 +49,7 @@ def train(run: Run) -> None:
                 tokens = schedule.global_batch_size * settings.data.sequence_length
                 rate = tokens * (run.step - measured_step) / (now - measured_time)
                 learning_rate = get_canonical_lr_for_logging(run.optimizer.param_groups)
-                recorder.record_step(
-                    run.step, metrics, result.grad_norm, learning_rate, rate
-                )
+                recorder.record_step(run.step, metrics, result.grad_norm, learning_rate, rate)
             measured_step, measured_time = run.step, now
         interval = schedule.evaluation_interval
         if interval and (run.step % interval == 0 or run.step == schedule.steps):

@@ -113,8 +113,9 @@ def local_loss_share(losses: list[torch.Tensor]) -> float:
     """This process's part of the mean loss; the parts of all processes add up to it."""
     if not losses or parallel_state.get_tensor_model_parallel_rank() != 0:
         return 0.0
-    mean = torch.stack(losses).double().mean()
-    return float(mean) / parallel_state.get_data_parallel_world_size()
+    mean = float(torch.stack(losses).double().mean())
+    data_parallel_size: int = parallel_state.get_data_parallel_world_size()
+    return mean / data_parallel_size
 
 
 def _modules(chunk: Any, kind: type) -> Iterator[Any]:

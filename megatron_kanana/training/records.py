@@ -52,7 +52,11 @@ class Recorder:
             self._live.start()
 
     def record_step(
-        self, step: int, metrics: StepMetrics, grad_norm: float, learning_rate: float,
+        self,
+        step: int,
+        metrics: StepMetrics,
+        grad_norm: float,
+        learning_rate: float,
         tokens_per_second: float,
     ) -> None:
         """Write one measured step everywhere."""

@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 Records = list[dict[str, Any]]
 
@@ -23,7 +23,7 @@ PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; }}
 table {{ border-collapse: collapse; }} td {{ padding: .1em 1.5em .1em 0; }}
 td:last-child {{ font-variant-numeric: tabular-nums; }}
 img {{ max-width: 100%; }}
@@ -33,7 +33,8 @@ pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto; white-space: pre-wra
 <h1>{title}</h1>
 <table>{summary}</table>
 <h2>Curves</h2>
-<img alt="loss, learning rate, gradient norm, attention logits and expert load" src="data:image/png;base64,{plots}">
+<img alt="loss, learning rate, gradient norm, attention logits and expert load"
+  src="data:image/png;base64,{plots}">
 <h2>Text sample</h2>
 <pre>{sample}</pre>
 <h2>Settings</h2>
@@ -60,7 +61,9 @@ def write_report(
         "Steps": str(steps[-1]["step"]),
         "Loss, first to last": f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}",
         "ln(vocabulary)": f"{math.log(settings['model']['vocab_size']):.4f}",
-        "Held-out loss": f"{evaluations[-1]['evaluation_loss']:.4f}" if evaluations else "not measured",
+        "Held-out loss": f"{evaluations[-1]['evaluation_loss']:.4f}"
+        if evaluations
+        else "not measured",
         "Median tokens/s": f"{np.median([s['tokens_per_second'] for s in steps]):,.0f}",
         "Largest attention logit": f"{max(s['max_attention_logit'] for s in steps):.2f}",
         "MaxVio at the end": f"{steps[-1]['max_violation']:.2f}",

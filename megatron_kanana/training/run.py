@@ -13,9 +13,8 @@ from megatron.core.num_microbatches_calculator import init_num_microbatches_calc
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_kanana.checkpoint import state as checkpoint_state
-from megatron_kanana.checkpoint.folders import newest_whole
-from megatron_kanana.config import Settings
-from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
+from megatron_kanana.config import Settings, checkpoint_to_start_from
+from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
 from megatron_kanana.data.loader import MicrobatchSampler, build_datasets, microbatches
 from megatron_kanana.data.tokenizer import SentencePieceTokenizer
 from megatron_kanana.device import Device
@@ -37,23 +36,32 @@ DataIterators = list[Any]
 
 
 @dataclass
-class Run:
-    """State of a run on one process.
+class Model:
+    """The model as it lies on one process, enough to evaluate it and to generate text.
 
     Attributes:
-        step: optimizer steps done.
-        consumed_samples: sequences the steps have used, over all processes.
-        expert_loads: remembers each step's tokens per expert.
+        chunks: one, or one a virtual pipeline stage.
     """
 
     settings: Settings
     device: Device
     config: MLATransformerConfig
     chunks: list[Any]
+    tokenizer: SentencePieceTokenizer
+
+
+@dataclass
+class Run(Model):
+    """State of a training run on one process.
+
+    Attributes:
+        expert_loads: remembers each step's tokens per expert.
+        step: optimizer steps done.
+        consumed_samples: sequences the steps have used, over all processes.
+    """
+
     optimizer: Any
     scheduler: Any
-    tokenizer: SentencePieceTokenizer
-    blend: list[tuple[Path, float]]
     expert_loads: ExpertLoadRecorder
     step: int = 0
     consumed_samples: int = 0
@@ -64,9 +72,8 @@ class Run:
         return self.settings.num_microbatches(dist.get_world_size())
 
 
-def build_run(settings: Settings, device: Device) -> Run:
-    """Build data, model and optimizer; nothing is loaded yet."""
-    tokenizer, blend = prepare_data(settings)
+def build_bare_model(settings: Settings, device: Device) -> Model:
+    """The initialised model without optimizer and data parallelism."""
     schedule = settings.schedule
     init_num_microbatches_calculator(
         rank=dist.get_rank(),
@@ -75,9 +82,18 @@ def build_run(settings: Settings, device: Device) -> Run:
         micro_batch_size=schedule.micro_batch_size,
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
+    tokenizer = prepare_tokenizer(settings)
     config = transformer_config(settings, device)
     backend = choose_backend(settings.kernels.backend, device.torch_device.type)
-    chunks = wrap_data_parallel(build_model(settings, config, device, backend), settings)
+    chunks = build_model(settings, config, device, backend)
+    return Model(settings, device, config, chunks, tokenizer)
+
+
+def build_run(settings: Settings, device: Device) -> Run:
+    """The initialised model behind data parallelism, its optimizer and its schedule."""
+    model = build_bare_model(settings, device)
+    config = model.config
+    chunks = wrap_data_parallel(model.chunks, settings)
     optimizer = build_optimizer(chunks, settings, device)
     expert_loads = ExpertLoadRecorder()
     config.finalize_model_grads_func = expert_loads.finalize_model_grads
@@ -90,34 +106,37 @@ def build_run(settings: Settings, device: Device) -> Run:
         device=device,
         config=config,
         chunks=chunks,
+        tokenizer=model.tokenizer,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, settings),
-        tokenizer=tokenizer,
-        blend=blend,
         expert_loads=expert_loads,
     )
 
 
-def prepare_data(settings: Settings) -> tuple[SentencePieceTokenizer, list[tuple[Path, float]]]:
-    """Tokenizer and blend; rank 0 makes the built-in ones at first use, the others wait."""
-    data, vocab_size = settings.data, settings.model.vocab_size
-    builtin = builtin_data(Path(data.cache_dir), vocab_size)
-    needs_builtin = data.tokenizer is None or not data.blend
-    if needs_builtin and dist.get_rank() == 0:
-        prepare_builtin_data(builtin, vocab_size)
+def prepare_tokenizer(settings: Settings) -> SentencePieceTokenizer:
+    """The tokenizer the settings name, or the built-in one."""
+    return SentencePieceTokenizer(settings.data.tokenizer or _prepare_builtin(settings).tokenizer)
+
+
+def prepare_blend(settings: Settings) -> list[tuple[Path, float]]:
+    """The indexed datasets the settings name, or the built-in ones, with their weights."""
+    if settings.data.blend:
+        return [(Path(entry.path), entry.weight) for entry in settings.data.blend]
+    return list(_prepare_builtin(settings).datasets)
+
+
+def _prepare_builtin(settings: Settings) -> BuiltinData:
+    """Built-in tokenizer and datasets; rank 0 makes them at first use, the others wait."""
+    builtin = builtin_data(Path(settings.data.cache_dir), settings.model.vocab_size)
+    if dist.get_rank() == 0:
+        prepare_builtin_data(builtin, settings.model.vocab_size)
     dist.barrier()
-    tokenizer = SentencePieceTokenizer(data.tokenizer or builtin.tokenizer)
-    if data.blend:
-        return tokenizer, [(Path(entry.path), entry.weight) for entry in data.blend]
-    return tokenizer, list(builtin.datasets)
+    return builtin
 
 
 def restore(run: Run) -> Path | None:
     """Load the newest whole checkpoint of the run, else `checkpoint.load`; returns its folder."""
-    checkpoint = run.settings.checkpoint
-    path = newest_whole(Path(run.settings.checkpoint_dir)) if checkpoint.resume else None
-    if path is None and checkpoint.load is not None:
-        path = Path(checkpoint.load)
+    path = checkpoint_to_start_from(run.settings)
     if path is not None:
         checkpoint_state.load(run, path)
         logger.info("loaded %s: step %d, %d samples", path, run.step, run.consumed_samples)
@@ -128,16 +147,16 @@ def training_data(run: Run) -> tuple[DataIterators, Any]:
     """Iterators over the rest of the run's training microbatches, and the evaluation dataset."""
     schedule = run.settings.schedule
     evaluation_samples = schedule.evaluation_batches * schedule.global_batch_size
+    train_samples = schedule.steps * schedule.global_batch_size
     train, evaluation = build_datasets(
         run.settings.data,
-        run.blend,
+        prepare_blend(run.settings),
         run.tokenizer,
         run.settings.seed,
-        schedule.steps * schedule.global_batch_size,
+        train_samples,
         evaluation_samples,
     )
-    total = schedule.steps * schedule.global_batch_size
-    return data_iterators(run, train, run.consumed_samples, total), evaluation
+    return data_iterators(run, train, run.consumed_samples, train_samples), evaluation
 
 
 def data_iterators(run: Run, dataset: Any, consumed_samples: int, total: int) -> DataIterators:
@@ -158,9 +177,6 @@ def data_iterators(run: Run, dataset: Any, consumed_samples: int, total: int) ->
 
     stages = range(len(run.chunks)) if len(run.chunks) > 1 else [None]
     return [
-        microbatches(dataset, sampler, run.settings.data.num_workers)
-        if needs_data(stage)
-        else None
+        microbatches(dataset, sampler, run.settings.data.num_workers) if needs_data(stage) else None
         for stage in stages
     ]
-

@@ -43,8 +43,9 @@ def largest_errors(
     scale = shape[3] ** -0.5
     *inputs, grad = random_inputs(shape, dtype, device, seed=sum(shape))
     ours = [tensor.clone().requires_grad_() for tensor in inputs]
+    query, key, value = ours
     exact = [tensor.double().requires_grad_() for tensor in inputs]
-    out, maxima = causal_attention(*ours, scale, backend=backend, with_max_logits=True)
+    out, maxima = causal_attention(query, key, value, scale, backend=backend, with_max_logits=True)
     assert maxima is not None
     assert maxima.dtype == torch.float32
     assert not maxima.requires_grad
@@ -54,7 +55,10 @@ def largest_errors(
     pairs = {
         "output": (out, exact_out),
         "max logits": (maxima, exact_maxima),
-        **{f"gradient of {n}": p for n, p in zip("qkv", zip(grads, exact_grads, strict=True), strict=True)},
+        **{
+            f"gradient of {n}": p
+            for n, p in zip("qkv", zip(grads, exact_grads, strict=True), strict=True)
+        },
     }
     return {name: float((a.double() - b).abs().max()) for name, (a, b) in pairs.items()}
 
@@ -79,9 +83,7 @@ def test_bf16_error_is_one_rounding_of_the_output(backend: str) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_csrc_softmax_survives_extreme_logits(scale: float) -> None:
     query, key, value, _ = random_inputs((65, 1, 2, 32, 16), torch.float32, "cpu", seed=3)
-    out, maxima = causal_attention(
-        query, key, value, scale, backend="csrc", with_max_logits=True
-    )
+    out, maxima = causal_attention(query, key, value, scale, backend="csrc", with_max_logits=True)
     exact, exact_maxima = float64_attention(query.double(), key.double(), value.double(), scale)
     assert maxima is not None
     # fp32 logits up to 30 * 100 carry an error of 2^-24 * 3000 into the exponent.

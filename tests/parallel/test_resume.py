@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from tests.launch import train
 
@@ -24,7 +25,7 @@ def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         for name, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    torch_checkpoint.load(tensors, storage_reader=reader)
+    load(tensors, storage_reader=reader)
     return tensors
 
 
