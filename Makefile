@@ -2,14 +2,14 @@
 #
 #   make train                                    the tiny Kanana-2 on this machine
 #   make train ARGS="schedule.steps=500"          with other settings
-#   make train PROCESSES=1                        on one process
+#   make train PROCESSES=1                        on one process (default: 2, or a single GPU's 1)
 #   make test                                     style, types, formatting, every test
 #   make train VENV= PYTHON=python3               in an environment that has everything already
 
 PYTHON ?= python3
 VENV ?= .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
-PROCESSES ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+PROCESSES ?= $(if $(filter 1,$(GPUS)),1,2)
 ARGS ?=
 PYTEST_ARGS ?=
 

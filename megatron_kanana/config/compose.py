@@ -55,7 +55,7 @@ def load_settings(
     choices, assignments = _parse(overrides, config_dir, problems)
     values = _compose(choices, assignments, config_dir, problems)
     settings = build(Settings, values, problems) if values is not None else None
-    if values is not None and settings is None:
+    if settings is None:
         settings = _without_faults(choices, assignments, config_dir, problems)
     if settings is not None:
         problems.extend(check(settings, environment))
@@ -139,9 +139,12 @@ def _apply(
     try:
         container = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        problems.append(
-            Problem("interpolation", "", str(error), "name an existing setting inside ${…}")
-        )
+        key = str(error.full_key)
+        raw = OmegaConf.to_container(config, resolve=False)
+        for part in key.split("."):
+            raw = raw[part] if isinstance(raw, dict) else raw
+        reason = str(error).splitlines()[0]
+        problems.append(Problem(key, raw, reason, "name an existing setting inside ${…}"))
         return None
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}

@@ -1,0 +1,386 @@
+"""Bad configurations: every one is answered before anything starts, with setting and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_kanana import device, train
+from megatron_kanana.config import ConfigurationError, Environment, load_settings
+from megatron_kanana.config.saved import SETTINGS_FILE
+from tests.launch import run_python
+
+ONE_CPU = Environment()
+CUDA_MACHINE = Environment(cuda_device_count=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """One bad configuration and what must be said about it.
+
+    Attributes:
+        overrides: words of the command line; `{tmp}` is a folder of the test.
+        setting: name the message must give.
+        value: value it must show.
+        remedy: part of the remedy.
+        environment: machine and launch.
+    """
+
+    overrides: tuple[str, ...]
+    setting: str
+    value: str
+    remedy: str
+    environment: Environment = ONE_CPU
+
+
+def world(size: int) -> Environment:
+    """A launch of `size` processes on CPUs."""
+    return Environment(world_size=size, local_world_size=size)
+
+
+BAD = {
+    "unknown setting": Bad(
+        ("schedule.stepz=10",), "schedule.stepz", "10", "did you mean schedule.steps?"
+    ),
+    "unknown top-level setting": Bad(("sed=1",), "sed", "1", "did you mean seed?"),
+    "setting of another group": Bad(
+        ("model.learning_rate=1",), "model.learning_rate", "1", "the settings of model are:"
+    ),
+    "unknown config of a group": Bad(("model=gpt",), "model", "gpt", "choose kanana_2_tiny"),
+    "unknown experiment": Bad(("experiment=big",), "experiment", "big", "choose kanana_2_tiny"),
+    "unreadable word": Bad(("schedule.steps",), "command line", "schedule.steps", "setting=value"),
+    "sweep": Bad(("seed=1,2",), "command line", "seed=1,2", "set one value"),
+    "deleted setting": Bad(("~seed",), "command line", "~seed", "set one value"),
+    "text for a number": Bad(
+        ("schedule.steps=many",), "schedule.steps", "many", "give a whole number"
+    ),
+    "fraction for a whole number": Bad(
+        ("schedule.steps=1.5",), "schedule.steps", "1.5", "give a whole number"
+    ),
+    "number for a switch": Bad(
+        ("checkpoint.resume=1",), "checkpoint.resume", "1", "give true or false"
+    ),
+    "null where a value is needed": Bad(("seed=null",), "seed", "None", "give a whole number"),
+    "value for a group": Bad(("+model.kv_lora_rank.x=3",), "model.kv_lora_rank", "3", "give"),
+    "negative learning rate": Bad(
+        ("optimizer.learning_rate=-1",), "optimizer.learning_rate", "-1.0", "choose above 0"
+    ),
+    "not a number": Bad(
+        ("optimizer.learning_rate=nan",), "optimizer.learning_rate", "nan", "choose above 0"
+    ),
+    "value that is not a choice": Bad(
+        ("precision.compute=int4",), "precision.compute", "int4", "fp32 or bf16"
+    ),
+    "broken interpolation": Bad(
+        ("run_name=${missing}",), "run_name", "${missing}", "name an existing setting"
+    ),
+    "device that is not there": Bad(("device=cuda",), "device", "cuda", "set device=cpu"),
+    "more processes than devices": Bad(
+        (),
+        "torchrun --nproc-per-node",
+        "2",
+        "start one process a device",
+        Environment(world_size=2, local_world_size=2, cuda_device_count=1),
+    ),
+    "fp8 on a CPU": Bad(
+        ("precision.compute=fp8",), "precision.compute", "fp8", "choose fp32 or bf16"
+    ),
+    "GPU kernels on a CPU": Bad(
+        ("kernels.backend=sdpa",), "kernels.backend", "sdpa", "choose csrc, torch or auto"
+    ),
+    "CPU kernels on a GPU": Bad(
+        ("kernels.backend=csrc",),
+        "kernels.backend",
+        "csrc",
+        "choose sdpa, torch or auto",
+        CUDA_MACHINE,
+    ),
+    "compiled kernels that were not built": Bad(
+        ("kernels.backend=csrc",),
+        "kernels.backend",
+        "csrc",
+        "pip install --no-build-isolation -e .",
+        Environment(has_native_library=False),
+    ),
+    "odd rotary width": Bad(
+        ("model.qk_rope_head_dim=15",), "model.qk_rope_head_dim", "15", "choose an even width"
+    ),
+    "more dense layers than layers": Bad(
+        ("model.num_dense_layers=5",), "model.num_dense_layers", "5", "choose at most 4"
+    ),
+    "more experts a token than experts": Bad(
+        ("model.num_experts_per_token=17",),
+        "model.num_experts_per_token",
+        "17",
+        "choose at most 16",
+    ),
+    "heads that TP does not divide": Bad(
+        ("parallel.tensor_parallel_size=3",),
+        "parallel.tensor_parallel_size",
+        "3",
+        "choose one of 1, 2, 4",
+        world(3),
+    ),
+    "experts that EP does not divide": Bad(
+        ("parallel.expert_parallel_size=3",),
+        "parallel.expert_parallel_size",
+        "3",
+        "choose one of 1, 2, 4, 8, 16",
+        world(3),
+    ),
+    "expert width that expert-TP does not divide": Bad(
+        ("parallel.expert_tensor_parallel_size=3",),
+        "parallel.expert_tensor_parallel_size",
+        "3",
+        "choose one of 1, 2, 4, 8, 16, 32, 64",
+        world(3),
+    ),
+    "sequence that TP does not divide": Bad(
+        ("parallel.tensor_parallel_size=4", "data.sequence_length=126"),
+        "parallel.tensor_parallel_size",
+        "4",
+        "choose one of 1, 2, 3, 6",
+        world(4),
+    ),
+    "layers that PP does not divide": Bad(
+        ("parallel.pipeline_parallel_size=3",),
+        "parallel.pipeline_parallel_size x parallel.virtual_pipeline_stages",
+        "3",
+        "choose a product among 1, 2, 4",
+        world(3),
+    ),
+    "virtual stages without a pipeline": Bad(
+        ("parallel.virtual_pipeline_stages=2",),
+        "parallel.virtual_pipeline_stages",
+        "2",
+        "set it to 1",
+    ),
+    "expert-TP beyond TP": Bad(
+        ("parallel.tensor_parallel_size=2", "parallel.expert_tensor_parallel_size=4"),
+        "parallel.expert_tensor_parallel_size",
+        "4",
+        "choose at most 2",
+        world(4),
+    ),
+    "TP x PP against the world": Bad(
+        ("parallel=tensor_pipeline",),
+        "parallel.tensor_parallel_size x parallel.pipeline_parallel_size",
+        "4",
+        "start a multiple of 4 processes",
+        world(2),
+    ),
+    "EP x PP against the world": Bad(
+        ("parallel=expert_parallel",),
+        "parallel.expert_tensor_parallel_size x parallel.expert_parallel_size"
+        " x parallel.pipeline_parallel_size",
+        "2",
+        "start a multiple of 2 processes",
+        world(1),
+    ),
+    "batch that DP does not divide": Bad(
+        ("schedule.global_batch_size=12",),
+        "schedule.global_batch_size",
+        "12",
+        "choose a multiple of 16",
+        world(2),
+    ),
+    "microbatches against interleaved stages": Bad(
+        (
+            "parallel.pipeline_parallel_size=2",
+            "parallel.virtual_pipeline_stages=2",
+            "schedule.global_batch_size=24",
+        ),
+        "schedule.global_batch_size",
+        "24",
+        "choose a multiple of 16",
+        world(2),
+    ),
+    "warm-up as long as the run": Bad(
+        ("schedule.warmup_steps=120",), "schedule.warmup_steps", "120", "choose at most 119"
+    ),
+    "warm-up and decay longer than the run": Bad(
+        ("schedule.decay_steps=111",),
+        "schedule.warmup_steps + schedule.decay_steps",
+        "121",
+        "train longer",
+    ),
+    "floor of the rate above its peak": Bad(
+        ("schedule.minimum_learning_rate=1",),
+        "schedule.minimum_learning_rate",
+        "1.0",
+        "choose a smaller one",
+    ),
+    "vocabulary too large for the built-in text": Bad(
+        ("model.vocab_size=128256",), "model.vocab_size", "128256", "name a tokenizer"
+    ),
+    "missing tokenizer": Bad(
+        ("data.tokenizer={tmp}/no.model",), "data.tokenizer", "no.model", "give a SentencePiece"
+    ),
+    "file that is no tokenizer": Bad(
+        ("data.tokenizer={tmp}/notes.txt",), "data.tokenizer", "notes.txt", "give a .model file"
+    ),
+    "missing dataset": Bad(
+        ("data.blend=[{path:{tmp}/corpus,weight:1}]",),
+        "data.blend[0].path",
+        "corpus",
+        "make it with tools/preprocess_data.py",
+    ),
+    "blend without its tokenizer": Bad(
+        ("data.blend=[{path:{tmp}/corpus,weight:1}]",),
+        "data.tokenizer",
+        "null",
+        "name the SentencePiece model that they were made with",
+    ),
+    "blend with a weight of zero": Bad(
+        ("data.blend=[{path:{tmp}/corpus,weight:0}]",),
+        "data.blend[0].weight",
+        "0.0",
+        "choose above 0",
+    ),
+    "checkpoint that is not whole": Bad(
+        ("checkpoint.load={tmp}",), "checkpoint.load", "", "name a step_… folder"
+    ),
+    "checkpoint of another model": Bad(
+        ("checkpoint.load={tmp}/step_00000007", "model.num_experts=8"),
+        "model.num_experts",
+        "8",
+        "take that value",
+    ),
+    "kept steps that are never saved": Bad(
+        ("checkpoint.keep_every=70",), "checkpoint.keep_every", "70", "choose a multiple"
+    ),
+    "output folder that is a file": Bad(
+        ("output_dir={tmp}/notes.txt",), "output_dir", "notes.txt", "name a folder"
+    ),
+    "missing config folder": Bad(
+        ("--config-dir={tmp}/none",), "--config-dir", "none", "give an existing folder"
+    ),
+    "untested megatron-core": Bad(
+        (),
+        "megatron-core",
+        "0.15.0",
+        "pip install megatron-core==0.16.1",
+        Environment(megatron_core_version="0.15.0"),
+    ),
+    "no megatron-core": Bad(
+        (),
+        "megatron-core",
+        "not installed",
+        "pip install megatron-core==0.16.1",
+        Environment(megatron_core_version=None),
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a text file and a checkpoint's settings."""
+    (tmp_path / "notes.txt").write_text("not a tokenizer")
+    checkpoint = tmp_path / "step_00000007"
+    checkpoint.mkdir()
+    (checkpoint / SETTINGS_FILE).write_text("model: {num_experts: 16}")
+    return tmp_path
+
+
+Answer = Callable[..., str]
+
+
+@pytest.fixture
+def answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Answer:
+    """What the main job prints on standard error; fails if it starts anything."""
+
+    def start(*_: object) -> None:
+        pytest.fail("the job was started")
+
+    monkeypatch.setattr(device, "prepare_device", start)
+    monkeypatch.chdir(folder)
+
+    def run(overrides: tuple[str, ...], environment: Environment) -> str:
+        monkeypatch.setattr(train, "detect_environment", lambda: environment)
+        before = set(folder.rglob("*"))
+        assert train.main([word.replace("{tmp}", str(folder)) for word in overrides]) == 2
+        assert set(folder.rglob("*")) == before
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_configuration_is_answered_with_setting_value_and_remedy(
+    name: str, answer: Answer
+) -> None:
+    bad = BAD[name]
+    message = answer(bad.overrides, bad.environment)
+    blocks = message.split("\n\n")[1:]
+    assert any(
+        block.startswith(f"  {bad.setting} = ")
+        and bad.value in block.splitlines()[0]
+        and bad.remedy in block.split("remedy: ")[1]
+        for block in blocks
+    ), message
+    assert "Traceback" not in message
+
+
+def test_all_problems_are_told_together(answer: Answer) -> None:
+    """Faults of words, of types, of limits and of combinations, in one run."""
+    overrides = (
+        "optimzer.learning_rate=1",
+        "model=gpt",
+        "schedule.steps=many",
+        "optimizer.beta1=2",
+        "precision.compute=fp8",
+        "parallel.tensor_parallel_size=3",
+        "data.tokenizer=none.model",
+    )
+    message = answer(overrides, world(4))
+    assert message.startswith("The configuration has 12 problems; nothing was started.")
+    assert message.count("does not divide") == 6  # TP 3: five sizes, and the world of 4
+    for setting in (
+        "optimzer",
+        "model",
+        "schedule.steps",
+        "optimizer.beta1",
+        "precision.compute",
+        "parallel.tensor_parallel_size",
+        "parallel.tensor_parallel_size x parallel.pipeline_parallel_size",
+        "data.tokenizer",
+    ):
+        assert f"\n  {setting} = " in message, message
+
+
+def test_a_good_configuration_has_no_problems() -> None:
+    for overrides, size in ((), 1), (("parallel=expert_parallel",), 2), ((), 2):
+        assert load_settings(overrides, world(size)).model.num_experts == 16
+    tensor_pipeline = ["parallel=tensor_pipeline", "device=cpu"]
+    assert load_settings(tensor_pipeline, world(4)).num_microbatches(4) == 2
+
+
+def test_folders_that_cannot_be_written_to_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings([], Environment())
+    assert {problem.setting for problem in caught.value.problems} == {
+        "output_dir",
+        "checkpoint.directory",
+        "data.cache_dir",
+    }
+
+
+def test_under_torchrun_one_process_speaks_and_all_end_with_code_2(tmp_path: Path) -> None:
+    finished = run_python(
+        "-m",
+        "megatron_kanana.train",
+        "parallel=tensor_pipeline",
+        f"output_dir={tmp_path}",
+        processes=2,
+    )
+    assert finished.returncode != 0
+    assert finished.stderr.count("nothing was started") == 1
+    assert "exitcode  : 2" in finished.stderr
+    assert "exitcode  : 1" not in finished.stderr
+    assert not list(tmp_path.iterdir())

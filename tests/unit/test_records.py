@@ -1,0 +1,94 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard, report, MaxVio."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_kanana.config import Environment, load_settings
+from megatron_kanana.training.metrics import StepMetrics, max_violation
+from megatron_kanana.training.records import Recorder, read_records
+from megatron_kanana.training.report import write_report
+
+
+def record(run_dir: Path, first: int, last: int, *, offset: float = 0.0) -> None:
+    """Record steps first..last, as a run that starts at `first` - 1 would."""
+    recorder = Recorder(run_dir, first - 1, 10, tensorboard=True)
+    for step in range(first, last + 1):
+        metrics = StepMetrics(
+            loss=10.0 - step + offset,
+            max_logits=[1.0 * step, 2.0],
+            expert_loads={2: [3.0, 1.0, 2.0, 2.0]},
+        )
+        recorder.record_step(step, metrics, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=9)
+    recorder.record_evaluation(last, 4.25)
+    recorder.close()
+
+
+def test_max_violation_is_the_excess_of_the_busiest_expert() -> None:
+    assert max_violation([3.0, 1.0, 2.0, 2.0]) == pytest.approx(0.5)
+    assert max_violation([5.0, 5.0]) == 0.0
+    assert max_violation([8.0, 0.0, 0.0, 0.0]) == pytest.approx(3.0)
+    assert max_violation([0.0, 0.0]) == 0.0
+
+
+def test_a_resumed_run_writes_over_the_steps_it_repeats(tmp_path: Path) -> None:
+    record(tmp_path, 1, 6)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # a crash in the middle of a line
+    record(tmp_path, 5, 10, offset=100.0)
+    records = read_records(tmp_path / "metrics.jsonl")
+    losses = {line["step"]: line["loss"] for line in records if "loss" in line}
+    assert losses == {step: 10.0 - step + (100.0 if step > 4 else 0.0) for step in range(1, 11)}
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    assert [event.step for event in scalars] == list(range(1, 11))
+    assert scalars[-1].value == pytest.approx(100.0)
+    assert {
+        "train/grad_norm",
+        "train/learning_rate",
+        "train/tokens_per_second",
+        "train/max_attention_logit",
+        "train/max_violation",
+        "max_attention_logit/layer_2",
+        "max_violation/layer_2",
+        "evaluation/loss",
+    } <= set(events.Tags()["scalars"])
+
+
+def test_a_line_of_progress_tells_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, 1, 1)
+    line = capsys.readouterr().out.splitlines()[0]
+    for part in ("step 1/10", "loss 9.0000", "grad norm 0.500", "lr 1.00e-03", "9 tokens/s"):
+        assert part in line
+    assert re.search(r"max logit 2\.00  MaxVio 0\.50  left \d+:\d\d$", line)
+
+
+def test_the_report_shows_curves_sample_and_settings(tmp_path: Path) -> None:
+    record(tmp_path, 1, 10)
+    settings = dataclasses.asdict(load_settings([], Environment()))
+    path = tmp_path / "report.html"
+    records = read_records(tmp_path / "metrics.jsonl")
+    write_report(path, records, settings, "def <script>()", "runs/x/step_00000010")
+    page = path.read_text()
+    assert "def &lt;script&gt;()" in page
+    assert "9.0000 to 0.0000" in page
+    assert "4.2500" in page
+    assert "runs/x/step_00000010" in page
+    assert "kv_lora_rank: 64" in page
+    encoded = re.search(r'src="data:image/png;base64,([^"]+)"', page)
+    assert encoded is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded.group(1))))
+    assert picture.size[0] > 1000
+    assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50  # curves, not a blank page
