@@ -11,7 +11,11 @@ VENV ?= .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter 1,$(GPUS)),1,2)
 ARGS ?=
+# torchrun would set it with a warning; the job then gives each process its share of the cores.
+ONE_THREAD := $(if $(filter 1,$(PROCESSES)),,OMP_NUM_THREADS=1)
 PYTEST_ARGS ?=
+# torchrun would set it with a warning; the job then gives each process its share of the cores.
+ONE_THREAD := $(if $(filter 1,$(PROCESSES)),,OMP_NUM_THREADS=1)
 
 ifeq ($(VENV),)
 RUN := $(PYTHON) -m
@@ -26,7 +30,7 @@ NATIVE := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h)
 .PHONY: train test lint format clean
 
 train: $(READY)
-	$(RUN) torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m megatron_kanana.train $(ARGS)
+	$(ONE_THREAD) $(RUN) torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m megatron_kanana.train $(ARGS)
 
 test: lint
 	$(RUN) pytest $(PYTEST_ARGS)

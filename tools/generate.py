@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--prompt", default="def ", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens to generate at most")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
         saved = read_settings(options.checkpoint)
     except FileNotFoundError as error:

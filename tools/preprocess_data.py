@@ -24,7 +24,6 @@ from rich.progress import (
 )
 
 from megatron_kanana.data.documents import read_documents
-from megatron_kanana.data.indexed import write_dataset
 
 
 def main() -> int:
@@ -49,6 +48,8 @@ def main() -> int:
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
+    from megatron_kanana.data.indexed import write_dataset  # here: workers load this file too
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

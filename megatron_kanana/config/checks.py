@@ -13,6 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from .dataset_files import sequence_count
 from .environment import (
     TESTED_MEGATRON_CORE,
     Environment,
@@ -271,14 +272,33 @@ def check_data(settings: Settings, environment: Environment) -> Iterator[Problem
             "name the SentencePiece model that they were made with",
         )
     for index, entry in enumerate(data.blend):
-        for suffix in (".bin", ".idx"):
-            if not Path(entry.path + suffix).is_file():
-                yield Problem(
-                    f"data.blend[{index}].path",
-                    entry.path,
-                    f"{entry.path}{suffix} does not exist",
-                    "make it with tools/preprocess_data.py",
-                )
+        yield from check_dataset(f"data.blend[{index}].path", entry.path, data.held_out_percent)
+    if settings.schedule.evaluation_interval and data.held_out_percent == 0:
+        yield Problem(
+            "data.held_out_percent",
+            data.held_out_percent,
+            "leaves no text to evaluate on",
+            "choose a share above 0, or schedule.evaluation_interval=0",
+        )
+
+
+def check_dataset(setting: str, path: str, held_out_percent: float) -> Iterator[Problem]:
+    """A dataset's files are whole, and large enough to hold some documents out."""
+    try:
+        count = sequence_count(path)
+    except ValueError as error:
+        yield Problem(setting, path, str(error), "make it with tools/preprocess_data.py")
+        return
+    training = round(count * (100 - held_out_percent) / 100)  # as megatron-core splits
+    if training == 0 or (training == count and held_out_percent):
+        kept = "training" if training == 0 else "evaluation"
+        yield Problem(
+            setting,
+            path,
+            f"data.held_out_percent = {held_out_percent} of its {count} documents leaves none"
+            f" for {kept}",
+            "choose another data.held_out_percent (0 holds nothing out), or a larger dataset",
+        )
 
 
 def check_tokenizer(path: str, vocab_size: int) -> Iterator[Problem]:

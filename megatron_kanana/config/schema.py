@@ -169,7 +169,7 @@ class DataSettings:
         "data", help="where the trained tokenizer, built-in datasets and index caches are kept"
     )
     held_out_percent: float = setting(
-        2.0, help="share of the documents kept for evaluation", above=0.0, maximum=50.0
+        2.0, help="share of each dataset's documents kept for evaluation", minimum=0.0, maximum=50.0
     )
     num_workers: int = setting(0, help="data-loader processes of each rank", minimum=0)
 

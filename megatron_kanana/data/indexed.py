@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from .encoding import encoder
 from .tokenizer import SentencePieceTokenizer
-
-CHUNK_DOCUMENTS = 32  # documents sent to a worker at a time
-
-_worker_tokenizer: SentencePieceTokenizer
 
 
 @dataclass
@@ -57,7 +52,7 @@ def write_dataset(
         str(partial[".bin"]), dtype=DType.optimal_dtype(tokenizer.vocab_size)
     )
     size = DatasetSize()
-    with _encoder(tokenizer_path, workers) as encode:
+    with encoder(tokenizer_path, workers) as encode:
         for ids, num_bytes in encode(documents):
             builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(ids)])
             size.documents += 1
@@ -70,26 +65,3 @@ def write_dataset(
     for suffix, file in partial.items():
         file.rename(prefix.parent / f"{prefix.name}{suffix}")
     return size
-
-
-Encode = Callable[[Iterable[str]], Iterator[tuple[list[int], int]]]
-
-
-@contextlib.contextmanager
-def _encoder(tokenizer_path: Path, workers: int) -> Iterator[Encode]:
-    if workers <= 1:
-        _start_worker(tokenizer_path)
-        yield lambda documents: map(_encode, documents)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (tokenizer_path,)) as pool:
-        yield lambda documents: pool.imap(_encode, documents, CHUNK_DOCUMENTS)
-
-
-def _start_worker(tokenizer_path: Path) -> None:
-    global _worker_tokenizer  # noqa: PLW0603  (one tokenizer a worker process)
-    _worker_tokenizer = SentencePieceTokenizer(tokenizer_path)
-
-
-def _encode(document: str) -> tuple[list[int], int]:
-    return [*_worker_tokenizer.encode(document), _worker_tokenizer.eod], len(document.encode())

@@ -24,11 +24,17 @@ class SentencePieceTokenizer:
 
     Args:
         path: a SentencePiece .model file.
+
+    Raises:
+        ValueError: the file is not one.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path} is not a SentencePiece model; give a .model file") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eod: int = self._processor.eos_id()
         self.pad: int = self._processor.pad_id()

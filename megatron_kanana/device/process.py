@@ -60,8 +60,9 @@ def prepare_device(settings: Settings, environment: Environment) -> Device:
 
 
 def quiet_libraries() -> None:
-    """Silence megatron-core's warnings about optional packages that this project does not use."""
+    """Silence warnings that no user of this project can act on: about megatron-core's own code."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
     warnings.filterwarnings("ignore", message=".*pynvml package is deprecated.*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
@@ -87,6 +88,18 @@ def initialize_process_groups(settings: Settings, device: Device) -> None:
         ),
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+    world_size = dist.get_world_size()
+    logger.info(
+        "device: %s, %s; %d x tensor, %d x pipeline, %d x data, experts over %d: %d process%s",
+        device.torch_device,
+        "bf16" if device.dtype == torch.bfloat16 else "fp32",
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        settings.data_parallel_size(world_size),
+        parallel.expert_parallel_size,
+        world_size,
+        "es" if world_size > 1 else "",
     )
     torch.manual_seed(settings.seed)
     model_parallel_cuda_manual_seed(settings.seed)

@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_kanana import device, train
 from megatron_kanana.config import ConfigurationError, Environment, load_settings
@@ -222,6 +225,30 @@ BAD = {
     "file that is no tokenizer": Bad(
         ("data.tokenizer={tmp}/notes.txt",), "data.tokenizer", "notes.txt", "give a .model file"
     ),
+    "dataset too small to hold documents out": Bad(
+        ("data.blend=[{path:{tmp}/small,weight:1}]",),
+        "data.blend[0].path",
+        "small",
+        "choose another data.held_out_percent",
+    ),
+    "dataset cut short": Bad(
+        ("data.blend=[{path:{tmp}/short,weight:1}]",),
+        "data.blend[0].path",
+        "short",
+        "make it with tools/preprocess_data.py",
+    ),
+    "file that is no dataset": Bad(
+        ("data.blend=[{path:{tmp}/notes,weight:1}]",),
+        "data.blend[0].path",
+        "notes",
+        "make it with tools/preprocess_data.py",
+    ),
+    "evaluation without held-out text": Bad(
+        ("data.held_out_percent=0",),
+        "data.held_out_percent",
+        "0.0",
+        "schedule.evaluation_interval=0",
+    ),
     "missing dataset": Bad(
         ("data.blend=[{path:{tmp}/corpus,weight:1}]",),
         "data.blend[0].path",
@@ -278,7 +305,15 @@ BAD = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with a text file and a checkpoint's settings."""
-    (tmp_path / "notes.txt").write_text("not a tokenizer")
+    for suffix in ("txt", "bin", "idx"):
+        (tmp_path / f"notes.{suffix}").write_text("neither tokenizer nor dataset " * 3)
+    for name in ("small", "short"):
+        builder = IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=numpy.uint16)
+        for _ in range(12):
+            builder.add_document(torch.arange(5), [5])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+    with (tmp_path / "short.bin").open("ab") as file:
+        file.truncate(100)
     checkpoint = tmp_path / "step_00000007"
     checkpoint.mkdir()
     (checkpoint / SETTINGS_FILE).write_text("model: {num_experts: 16}")
