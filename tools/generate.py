@@ -1,6 +1,6 @@
 """Continue a text with the model of a checkpoint.
 
-    python tools/generate.py runs/kanana_2_tiny/checkpoints/step_00000120 --prompt "def "
+    python tools/generate.py runs/kanana_2_tiny/checkpoints/step_00000120 --prompt "def __init__(self"
 
 Any layout will do, whatever the checkpoint was made with:
 
@@ -38,7 +38,7 @@ def main() -> int:
     )
     parser.add_argument("checkpoint", type=Path, help="a step_… folder")
     parser.add_argument("overrides", nargs="*", help="setting=value, for another layout or device")
-    parser.add_argument("--prompt", default="def ", help="text to continue")
+    parser.add_argument("--prompt", default="def __init__(self", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens to generate at most")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     options = parser.parse_intermixed_args()

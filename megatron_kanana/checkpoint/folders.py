@@ -33,10 +33,7 @@ def whole_steps(directory: Path) -> list[int]:
 
 def publish(directory: Path, step: int) -> None:
     """Give a finished checkpoint its name."""
-    whole = whole_path(directory, step)
-    if whole.exists():  # the same step saved again, after going back in time
-        shutil.rmtree(whole)
-    partial_path(directory, step).rename(whole)
+    partial_path(directory, step).rename(whole_path(directory, step))
 
 
 def discard_old(directory: Path, keep_last: int, keep_every: int) -> list[int]:

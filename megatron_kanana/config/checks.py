@@ -21,7 +21,12 @@ from .environment import (
     resolve_precision,
 )
 from .problems import Problem
-from .saved import SETTINGS_FILE, checkpoint_to_start_from, read_settings
+from .saved import (
+    SETTINGS_FILE,
+    checkpoint_to_start_from,
+    newest_checkpoint,
+    read_settings,
+)
 from .schema import Settings
 
 BUILTIN_VOCABULARY = (2048, 16384)
@@ -330,6 +335,13 @@ def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[P
             "is not a whole checkpoint",
             f"name a step_… folder that holds {SETTINGS_FILE}",
         )
+    elif not checkpoint.resume and (newest := newest_checkpoint(settings.checkpoint_dir)):
+        yield Problem(
+            "checkpoint.resume",
+            "false",
+            f"this run has a checkpoint already: {newest}",
+            "choose another run_name to start anew, or checkpoint.resume=true to go on",
+        )
     else:
         yield from check_saved_model(settings)
     if checkpoint.keep_every and checkpoint.save_interval == 0:
@@ -372,5 +384,5 @@ def check_saved_model(settings: Settings) -> Iterator[Problem]:
                 f"model.{field.name}",
                 value,
                 f"the checkpoint {path} was made with {saved.get(field.name)}",
-                "take that value, or another run_name (or checkpoint.resume=false) to start anew",
+                "take that value, or another run_name to start anew",
             )

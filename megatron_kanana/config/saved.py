@@ -34,17 +34,19 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def checkpoint_to_start_from(settings: Settings) -> Path | None:
-    """Newest whole checkpoint of this run, else `checkpoint.load`; None to start from nothing.
-
-    A checkpoint gets a name without `.partial` only once it is whole.
-    """
-    checkpoint = settings.checkpoint
+def newest_checkpoint(directory: str) -> Path | None:
+    """Newest whole checkpoint in `directory`; while one is written its name ends in `.partial`."""
     whole = [
         path
-        for path in Path(settings.checkpoint_dir).glob("step_*")
+        for path in Path(directory).glob("step_*")
         if path.suffix != ".partial" and (path / SETTINGS_FILE).is_file()
     ]
-    if checkpoint.resume and whole:
-        return max(whole, key=lambda path: int(path.name.removeprefix("step_")))
-    return Path(checkpoint.load) if checkpoint.load is not None else None
+    return max(whole, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+
+
+def checkpoint_to_start_from(settings: Settings) -> Path | None:
+    """Newest whole checkpoint of this run, else `checkpoint.load`; None to start from nothing."""
+    newest = newest_checkpoint(settings.checkpoint_dir)
+    if newest is None and settings.checkpoint.load is not None:
+        return Path(settings.checkpoint.load)
+    return newest

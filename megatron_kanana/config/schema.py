@@ -189,7 +189,10 @@ class CheckpointSettings:
         0, help="checkpoints at multiples of this step are kept for good; 0 keeps none", minimum=0
     )
     asynchronous: bool = setting(True, help="write while training goes on")
-    resume: bool = setting(True, help="go on from the newest whole checkpoint of this run")
+    resume: bool = setting(
+        True,
+        help="go on from this run's newest whole checkpoint; false refuses to, if there is one",
+    )
     load: str | None = setting(
         None, help="checkpoint to start from when this run has none of its own"
     )
@@ -202,7 +205,9 @@ class LoggingSettings:
     interval: int = setting(1, help="steps between measurements", minimum=1)
     tensorboard: bool = setting(True, help="write TensorBoard events")
     report: bool = setting(True, help="write report.html with plots and a text sample at the end")
-    sample_prompt: str = setting("def ", help="beginning of the text sample in the report")
+    sample_prompt: str = setting(
+        "def __init__(self", help="beginning of the text sample in the report"
+    )
     sample_tokens: int = setting(
         96, help="tokens generated for the text sample; 0 writes none", minimum=0
     )

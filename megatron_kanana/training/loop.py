@@ -29,7 +29,8 @@ def train(run: Run) -> None:
     settings = run.settings
     schedule = settings.schedule
     last_step = min(schedule.steps, settings.stop_after_step or schedule.steps)
-    if run.step >= last_step:
+    nothing_to_train = run.step >= last_step
+    if nothing_to_train:
         logger.info("nothing to train: the run is at step %d of %d", run.step, last_step)
     run_dir = Path(settings.run_dir)
     recorder = (
@@ -61,7 +62,8 @@ def train(run: Run) -> None:
             writer.save(run)
             measured_time = time.monotonic()
         writer.poll()
-    writer.save(run)
+    if not nothing_to_train:
+        writer.save(run)
     writer.finish()
     if run.step == schedule.steps and settings.logging.report:
         _report(run, recorder)

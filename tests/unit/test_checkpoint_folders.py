@@ -40,10 +40,11 @@ def test_the_newest_and_every_multiple_stay(tmp_path: Path) -> None:
     assert whole_steps(tmp_path) == [100]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_a_whole_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     save(tmp_path, 10, "old")
-    save(tmp_path, 10, "new")
-    assert (whole_path(tmp_path, 10) / "data").read_text() == "new"
+    with pytest.raises(OSError, match="not empty"):
+        save(tmp_path, 10, "new")
+    assert (whole_path(tmp_path, 10) / "data").read_text() == "old"
 
 
 def test_an_interrupted_deletion_leaves_no_broken_checkpoint(

@@ -102,5 +102,8 @@ def test_a_run_starts_from_its_newest_whole_checkpoint_before_any_other(tmp_path
     assert checkpoint_to_start_from(loading) == folder / "step_00000005"
     write_settings(folder / "step_00000100", fresh)
     assert checkpoint_to_start_from(loading) == folder / "step_00000100"
-    anew = [*words, f"checkpoint.load={other}", "checkpoint.resume=false"]
-    assert checkpoint_to_start_from(load_settings(anew, TWO)) == other
+    with pytest.raises(ConfigurationError, match="choose another run_name to start anew"):
+        load_settings([*words, "checkpoint.resume=false"], TWO)
+    anew = [f"output_dir={tmp_path}", "run_name=b", f"checkpoint.load={other}"]
+    fresh = load_settings([*anew, "checkpoint.resume=false"], TWO)
+    assert checkpoint_to_start_from(fresh) == other
