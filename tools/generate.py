@@ -1,6 +1,6 @@
 """Continue a text with the model of a checkpoint.
 
-    python tools/generate.py runs/kanana_2_tiny/checkpoints/step_00000120 --prompt "def __init__(self"
+    python tools/generate.py runs/kanana_2_tiny/checkpoints/step_00000120 --prompt "import "
 
 Any layout will do, whatever the checkpoint was made with:
 
