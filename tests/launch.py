@@ -31,7 +31,8 @@ def run_python(*arguments: str, processes: int = 1, timeout: float = TIMEOUT_SEC
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += ["-m", *launcher]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
     process = subprocess.Popen(
         [*command, *arguments],
         cwd=ROOT,

@@ -65,6 +65,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
     warnings.filterwarnings("ignore", message=".*pynvml package is deprecated.*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 
 def initialize_process_groups(settings: Settings, device: Device) -> None:

@@ -76,8 +76,9 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         perform_initialization=True,  # overwritten, but it also marks which parameters are split
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=device.is_cuda,
-        bias_dropout_fusion=device.is_cuda,
+        # torch.compile specialises on each expert's number of tokens and soon gives up.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )
