@@ -17,7 +17,6 @@ from .evaluation import evaluate
 from .generation import generate
 from .metrics import collect_metrics
 from .records import Recorder, read_records
-from .report import write_report
 from .run import Run, training_data
 from .step import train_step
 
@@ -76,6 +75,8 @@ def _report(run: Run, recorder: Recorder | None) -> None:
     sample = generate(run, settings.logging.sample_prompt, settings.logging.sample_tokens)
     if recorder is None:
         return
+    from .report import write_report  # with matplotlib, which most processes never need
+
     checkpoint = whole_path(Path(settings.checkpoint_dir), run.step)
     report = Path(settings.run_dir) / "report.html"
     write_report(
