@@ -51,7 +51,31 @@ class ModelSettings:
     z_loss_coefficient: float = setting(
         5e-6, help="weight of the router z-loss (arXiv 2202.08906)", minimum=0.0
     )
+    num_expert_groups: int = setting(
+        1, help="groups the experts are dealt into (DeepSeek-V3, section 2.1.2)", minimum=1
+    )
+    num_expert_groups_per_token: int = setting(
+        1, help="best groups, from which alone a token's experts are chosen", minimum=1
+    )
     rotary_base: float = setting(10000.0, help="rotary embedding base", above=0.0)
+    yarn_factor: float = setting(
+        1.0, help="times YaRN (arXiv 2309.00071) extends the context; 1 does not", minimum=1.0
+    )
+    yarn_original_context: int = setting(
+        32768, help="positions the model was trained on before YaRN", minimum=1
+    )
+    yarn_beta_fast: float = setting(
+        32.0, help="turns over the original context above which a channel keeps its frequency"
+    )
+    yarn_beta_slow: float = setting(
+        1.0, help="turns over the original context below which a channel is slowed by the factor"
+    )
+    yarn_mscale: float = setting(
+        1.0, help="YaRN's scale of the rotary part of the logits, over yarn_mscale_all_dim's"
+    )
+    yarn_mscale_all_dim: float = setting(
+        1.0, help="YaRN's scale of all logits: (0.1 m ln(factor) + 1)^2", minimum=0.0
+    )
     norm_epsilon: float = setting(1e-6, help="epsilon of RMSNorm", above=0.0)
     zero_centered_gamma: bool = architecture(
         False, help="store RMSNorm's gain as gain - 1, so that weight decay pulls it to 1"
@@ -119,7 +143,10 @@ class OptimizerSettings:
     beta1: float = setting(0.9, help="decay of the first moment", minimum=0.0, maximum=0.9999)
     beta2: float = setting(0.95, help="decay of the second moment", minimum=0.0, maximum=0.99999)
     epsilon: float = setting(1e-8, help="added to the denominator", above=0.0)
-    weight_decay: float = setting(0.1, help="decoupled weight decay", minimum=0.0)
+    weight_decay: float = setting(0.1, help="decoupled weight decay of matrices", minimum=0.0)
+    decay_norms: bool = setting(
+        False, help="weight decay on the weights of norms too; see model.zero_centered_gamma"
+    )
     gradient_clip_norm: float = setting(
         1.0, help="largest global gradient norm; 0 does not clip", minimum=0.0
     )

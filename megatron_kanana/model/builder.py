@@ -35,7 +35,23 @@ def _build_chunk(
     attention_backend: str,
     vp_stage: int | None,
 ) -> torch.nn.Module:
-    chunk: Any = GPTModel(
+    chunk = gpt_model(settings, config, attention_backend, vp_stage)
+    _mark_expert_replicas(chunk, config)
+    chunk.to(device.torch_device)
+    initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed)
+    in_bf16 = device.dtype == torch.bfloat16
+    module: torch.nn.Module = Float16Module(config, chunk) if in_bf16 else chunk
+    return module
+
+
+def gpt_model(
+    settings: Settings,
+    config: MLATransformerConfig,
+    attention_backend: str,
+    vp_stage: int | None = None,
+) -> Any:
+    """megatron-core's GPTModel with the project's layers; weights are megatron-core's."""
+    return GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, attention_backend, vp_stage),
         vocab_size=settings.model.padded_vocab_size,
@@ -46,12 +62,6 @@ def _build_chunk(
         share_embeddings_and_output_weights=False,
         vp_stage=vp_stage,
     )
-    _mark_expert_replicas(chunk, config)
-    chunk.to(device.torch_device)
-    initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed)
-    in_bf16 = device.dtype == torch.bfloat16
-    module: torch.nn.Module = Float16Module(config, chunk) if in_bf16 else chunk
-    return module
 
 
 def _mark_expert_replicas(chunk: torch.nn.Module, config: MLATransformerConfig) -> None:

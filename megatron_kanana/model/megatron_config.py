@@ -14,6 +14,7 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
     """megatron-core's configuration for this model, layout and precision."""
     model, parallel = settings.model, settings.parallel
     full_recompute = parallel.recompute == "full"
+    grouped = model.num_expert_groups > 1
     interleaved = parallel.virtual_pipeline_stages > 1
     return MLATransformerConfig(
         # Sizes
@@ -31,9 +32,14 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         layernorm_epsilon=model.norm_epsilon,
         layernorm_zero_centered_gamma=model.zero_centered_gamma,
         qk_layernorm=True,
-        rope_type="rope",
+        rope_type="yarn" if model.yarn_factor > 1 else "rope",
         rotary_base=model.rotary_base,
-        rotary_scaling_factor=1.0,
+        rotary_scaling_factor=model.yarn_factor,
+        original_max_position_embeddings=model.yarn_original_context,
+        beta_fast=model.yarn_beta_fast,
+        beta_slow=model.yarn_beta_slow,
+        mscale=model.yarn_mscale,
+        mscale_all_dim=model.yarn_mscale_all_dim,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -45,6 +51,8 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         moe_ffn_hidden_size=model.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=model.shared_expert_hidden_size or None,
         moe_router_topk=model.num_experts_per_token,
+        moe_router_num_groups=model.num_expert_groups if grouped else None,
+        moe_router_group_topk=model.num_expert_groups_per_token if grouped else None,
         moe_router_score_function="sigmoid",
         moe_router_topk_scaling_factor=model.routed_scaling_factor,
         moe_router_dtype="fp32",

@@ -35,7 +35,7 @@ def wrap_data_parallel(
 def build_optimizer(
     chunks: list[DistributedDataParallel], settings: Settings, device: Device
 ) -> Any:
-    """AdamW over all parameters; weight decay on matrices only."""
+    """AdamW over all parameters; weight decay on matrices, and on norms if asked for."""
     optimizer = settings.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -50,7 +50,9 @@ def build_optimizer(
         params_dtype=device.dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, chunks)
+    # Without overrides megatron-core spares vectors; with an empty set of them it spares nothing.
+    overrides: dict[Any, Any] | None = {} if optimizer.decay_norms else None
+    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
 
 
 def build_scheduler(optimizer: Any, settings: Settings) -> OptimizerParamScheduler:

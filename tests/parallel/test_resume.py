@@ -6,27 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
+from tests.checkpoints import saved_tensors
 from tests.launch import train
 
 TENSOR = "parallel.tensor_parallel_size=2"
 PIPELINE = "parallel.pipeline_parallel_size=2"
-
-
-def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: weights, optimizer state, expert biases."""
-    reader = FileSystemReader(checkpoint)
-    metadata = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, torch.Tensor] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    load(tensors, storage_reader=reader)
-    return tensors
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])

@@ -31,7 +31,12 @@ FOUR = Environment(world_size=4, local_world_size=4)
 )
 def test_every_shipped_config_makes_a_good_run(group: str, choice: str) -> None:
     environment = FOUR if choice == "tensor_pipeline" else TWO
-    settings = dataclasses.asdict(load_settings([f"{group}={choice}"], environment))
+    try:
+        settings = dataclasses.asdict(load_settings([f"{group}={choice}"], environment))
+    except ConfigurationError as error:  # the large models need a tokenizer of one's own
+        assert [problem.setting for problem in error.problems] == ["model.vocab_size"]
+        assert choice.startswith(("kanana_2_30b", "kanana_2_155b"))
+        return
     shipped = yaml.safe_load((CONFIG_DIR / group / f"{choice}.yaml").read_text())
     if group != "experiment":
         assert {name: settings[group][name] for name in shipped} == shipped
@@ -44,7 +49,8 @@ def test_an_experiment_overrides_groups_and_the_command_line_overrides_it() -> N
     assert settings.precision.compute == "fp32"
     assert settings.schedule.warmup_steps == 2
     assert settings.schedule.steps == 7
-    assert settings.optimizer.learning_rate == load_settings([], TWO).optimizer.learning_rate
+    assert settings.optimizer.learning_rate == 1e-3
+    assert settings.optimizer.beta2 == load_settings([], TWO).optimizer.beta2
 
 
 def test_help_names_every_setting_with_its_meaning() -> None:

@@ -12,8 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_kanana import device, train
-from megatron_kanana.config import ConfigurationError, Environment, load_settings
-from megatron_kanana.config.saved import SETTINGS_FILE
+from megatron_kanana.config import ConfigurationError, Environment, load_settings, write_settings
 from tests.launch import run_python
 
 ONE_CPU = Environment()
@@ -52,7 +51,7 @@ BAD = {
     "setting of another group": Bad(
         ("model.learning_rate=1",), "model.learning_rate", "1", "the settings of model are:"
     ),
-    "unknown config of a group": Bad(("model=gpt",), "model", "gpt", "choose kanana_2_tiny"),
+    "unknown config of a group": Bad(("model=gpt",), "model", "gpt", "or kanana_2_tiny"),
     "unknown experiment": Bad(("experiment=big",), "experiment", "big", "choose kanana_2_tiny"),
     "unreadable word": Bad(("schedule.steps",), "command line", "schedule.steps", "setting=value"),
     "sweep": Bad(("seed=1,2",), "command line", "seed=1,2", "set one value"),
@@ -119,6 +118,21 @@ BAD = {
         "model.num_experts_per_token",
         "17",
         "choose at most 16",
+    ),
+    "experts that their groups do not divide": Bad(
+        ("model.num_expert_groups=3",), "model.num_expert_groups", "3", "choose one of 1, 2, 4"
+    ),
+    "more chosen groups than groups": Bad(
+        ("model.num_expert_groups=2", "model.num_expert_groups_per_token=3"),
+        "model.num_expert_groups_per_token",
+        "3",
+        "choose at most 2",
+    ),
+    "groups judged by other than two experts": Bad(
+        ("model.num_expert_groups=4", "model.num_expert_groups_per_token=1"),
+        "model.num_expert_groups_per_token",
+        "1",
+        "choose 2, or model.num_expert_groups=1",
     ),
     "heads that TP does not divide": Bad(
         ("parallel.tensor_parallel_size=3",),
@@ -274,7 +288,7 @@ BAD = {
         ("checkpoint.load={tmp}/step_00000007", "model.num_experts=8"),
         "model.num_experts",
         "8",
-        "take that value",
+        "take those values",
     ),
     "kept steps that are never saved": Bad(
         ("checkpoint.keep_every=70",), "checkpoint.keep_every", "70", "choose a multiple"
@@ -316,7 +330,7 @@ def folder(tmp_path: Path) -> Path:
         file.truncate(100)
     checkpoint = tmp_path / "step_00000007"
     checkpoint.mkdir()
-    (checkpoint / SETTINGS_FILE).write_text("model: {num_experts: 16}")
+    write_settings(checkpoint, load_settings([], ONE_CPU))
     return tmp_path
 
 

@@ -1,0 +1,162 @@
+"""Files that the settings name: datasets, tokenizer, checkpoints, folders to write to."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from .dataset_files import sequence_count
+from .environment import Environment
+from .problems import Problem
+from .saved import (
+    SETTINGS_FILE,
+    checkpoint_to_start_from,
+    newest_checkpoint,
+    read_settings,
+)
+from .schema import Settings
+
+BUILTIN_VOCABULARY = (2048, 16384)
+"""Smallest and largest vocabulary that the built-in text is enough for."""
+
+
+def check_data(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """Files the data settings name exist."""
+    data, vocab_size = settings.data, settings.model.vocab_size
+    smallest, largest = BUILTIN_VOCABULARY
+    if data.tokenizer is None and not smallest <= vocab_size <= largest:
+        yield Problem(
+            "model.vocab_size",
+            vocab_size,
+            "the built-in text cannot train a tokenizer of this size",
+            f"choose {smallest} to {largest}, or name a tokenizer with data.tokenizer",
+        )
+    if data.tokenizer is not None:
+        yield from check_tokenizer(data.tokenizer, vocab_size)
+    if data.blend and data.tokenizer is None:
+        yield Problem(
+            "data.tokenizer",
+            "null",
+            "data.blend names datasets, which were made with some tokenizer",
+            "name the SentencePiece model that they were made with",
+        )
+    for index, entry in enumerate(data.blend):
+        yield from check_dataset(f"data.blend[{index}].path", entry.path, data.held_out_percent)
+    if settings.schedule.evaluation_interval and data.held_out_percent == 0:
+        yield Problem(
+            "data.held_out_percent",
+            data.held_out_percent,
+            "leaves no text to evaluate on",
+            "choose a share above 0, or schedule.evaluation_interval=0",
+        )
+
+
+def check_dataset(setting: str, path: str, held_out_percent: float) -> Iterator[Problem]:
+    """A dataset's files are whole, and large enough to hold some documents out."""
+    try:
+        count = sequence_count(path)
+    except ValueError as error:
+        yield Problem(setting, path, str(error), "make it with tools/preprocess_data.py")
+        return
+    training = round(count * (100 - held_out_percent) / 100)  # as megatron-core splits
+    if training == 0 or (training == count and held_out_percent):
+        kept = "training" if training == 0 else "evaluation"
+        yield Problem(
+            setting,
+            path,
+            f"data.held_out_percent = {held_out_percent} of its {count} documents leaves none"
+            f" for {kept}",
+            "choose another data.held_out_percent (0 holds nothing out), or a larger dataset",
+        )
+
+
+def check_tokenizer(path: str, vocab_size: int) -> Iterator[Problem]:
+    """The tokenizer can be read, and its ids are rows of the embedding."""
+    if not Path(path).is_file():
+        yield Problem("data.tokenizer", path, "no such file", "give a SentencePiece .model file")
+        return
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
+    except RuntimeError:
+        yield Problem("data.tokenizer", path, "is not a SentencePiece model", "give a .model file")
+        return
+    if pieces != vocab_size:
+        yield Problem(
+            "model.vocab_size",
+            vocab_size,
+            f"the tokenizer {path} has {pieces} pieces",
+            f"set model.vocab_size={pieces}, or name another tokenizer",
+        )
+
+
+def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """Checkpoints can be found, fit the model, and can be written where they should go."""
+    checkpoint = settings.checkpoint
+    if checkpoint.load is not None and not (Path(checkpoint.load) / SETTINGS_FILE).is_file():
+        yield Problem(
+            "checkpoint.load",
+            checkpoint.load,
+            "is not a whole checkpoint",
+            f"name a step_… folder that holds {SETTINGS_FILE}",
+        )
+    elif not checkpoint.resume and (newest := newest_checkpoint(settings.checkpoint_dir)):
+        yield Problem(
+            "checkpoint.resume",
+            "false",
+            f"this run has a checkpoint already: {newest}",
+            "choose another run_name to start anew, or checkpoint.resume=true to go on",
+        )
+    else:
+        yield from check_saved_model(settings)
+    if checkpoint.keep_every and checkpoint.save_interval == 0:
+        yield Problem(
+            "checkpoint.keep_every",
+            checkpoint.keep_every,
+            "checkpoint.save_interval = 0 saves only at the end",
+            "set checkpoint.save_interval",
+        )
+    elif checkpoint.keep_every and checkpoint.keep_every % checkpoint.save_interval:
+        yield Problem(
+            "checkpoint.keep_every",
+            checkpoint.keep_every,
+            f"is not a multiple of checkpoint.save_interval = {checkpoint.save_interval}",
+            "choose a multiple of it",
+        )
+    for name, folder in (
+        ("output_dir", settings.run_dir),
+        ("checkpoint.directory", settings.checkpoint_dir),
+        ("data.cache_dir", settings.data.cache_dir),
+    ):
+        path = Path(folder).absolute()
+        existing = next(p for p in [path, *path.parents] if p.exists())
+        if not existing.is_dir():
+            yield Problem(name, folder, f"{existing} is a file", "name a folder")
+        elif not os.access(existing, os.W_OK):
+            yield Problem(name, folder, f"{existing} cannot be written to", "name another folder")
+
+
+def check_saved_model(settings: Settings) -> Iterator[Problem]:
+    """The checkpoint that the run would start from holds this model."""
+    path = checkpoint_to_start_from(settings)
+    if path is None:
+        return
+    saved = read_settings(path)["model"]
+    now = dataclasses.asdict(settings.model)
+    differing = [
+        field.name
+        for field in dataclasses.fields(settings.model)
+        if field.metadata.get("fixed_by_checkpoint")
+        and saved.get(field.name, now[field.name]) != now[field.name]
+    ]
+    if differing:
+        yield Problem(
+            ", ".join(f"model.{name}" for name in differing),
+            ", ".join(str(now[name]) for name in differing),
+            f"the checkpoint {path} was made with "
+            + ", ".join(str(saved[name]) for name in differing),
+            "take those values, or another run_name to start anew",
+        )

@@ -1,0 +1,168 @@
+"""Sizes of the model that fit one another, the processes they are split over, and the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .environment import Environment
+from .problems import Problem
+from .schema import ModelSettings, Settings
+
+
+def _divisors(value: int) -> str:
+    """The divisors of `value`, for a remedy."""
+    return ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
+
+
+def check_model(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """The network's sizes fit one another."""
+    model = settings.model
+    if model.qk_rope_head_dim % 2:
+        yield Problem(
+            "model.qk_rope_head_dim",
+            model.qk_rope_head_dim,
+            "rotary embedding turns pairs of channels",
+            "choose an even width",
+        )
+    if model.num_dense_layers > model.num_layers:
+        yield Problem(
+            "model.num_dense_layers",
+            model.num_dense_layers,
+            f"the model has only model.num_layers = {model.num_layers}",
+            f"choose at most {model.num_layers}",
+        )
+    if model.num_experts_per_token > model.num_experts:
+        yield Problem(
+            "model.num_experts_per_token",
+            model.num_experts_per_token,
+            f"a layer has only model.num_experts = {model.num_experts}",
+            f"choose at most {model.num_experts}",
+        )
+    yield from check_expert_groups(model)
+
+
+def check_expert_groups(model: ModelSettings) -> Iterator[Problem]:
+    """Group-limited routing is DeepSeek-V3's: a group is worth the sum of its best two experts."""
+    groups, chosen = model.num_expert_groups, model.num_expert_groups_per_token
+    if groups == 1:
+        return
+    if model.num_experts % groups:
+        yield Problem(
+            "model.num_expert_groups",
+            groups,
+            f"does not divide model.num_experts = {model.num_experts}",
+            f"choose one of {_divisors(model.num_experts)}",
+        )
+    if chosen > groups:
+        yield Problem(
+            "model.num_expert_groups_per_token",
+            chosen,
+            f"there are only model.num_expert_groups = {groups}",
+            f"choose at most {groups}",
+        )
+    if model.num_experts_per_token // chosen != 2:
+        yield Problem(
+            "model.num_expert_groups_per_token",
+            chosen,
+            "groups are judged by their best two experts only if model.num_experts_per_token ="
+            f" {model.num_experts_per_token} is twice this (DeepSeek-V3: 8 and 4)",
+            f"choose {model.num_experts_per_token // 2}, or model.num_expert_groups=1",
+        )
+
+
+def check_sharding(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """Sizes divide by the processes they are split over."""
+    model, parallel = settings.model, settings.parallel
+    tensor = parallel.tensor_parallel_size
+    split = [
+        ("model.num_attention_heads", model.num_attention_heads, "tensor_parallel_size"),
+        ("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_parallel_size"),
+        ("model.vocab_size_multiple", model.vocab_size_multiple, "tensor_parallel_size"),
+        ("data.sequence_length", settings.data.sequence_length, "tensor_parallel_size"),
+        ("model.num_experts", model.num_experts, "expert_parallel_size"),
+        ("model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, "expert_tensor_parallel_size"),
+    ]
+    if model.num_shared_experts:
+        width = model.shared_expert_hidden_size
+        split.append(("width of the shared experts", width, "tensor_parallel_size"))
+    for name, size, over in split:
+        parts = getattr(parallel, over)
+        if size % parts:
+            yield Problem(
+                f"parallel.{over}",
+                parts,
+                f"does not divide {name} = {size}",
+                f"choose one of {_divisors(size)}" if size < 512 else "choose a divisor of it",
+            )
+    stages = parallel.pipeline_parallel_size * parallel.virtual_pipeline_stages
+    if model.num_layers % stages:
+        yield Problem(
+            "parallel.pipeline_parallel_size x parallel.virtual_pipeline_stages",
+            stages,
+            f"does not divide model.num_layers = {model.num_layers}",
+            f"choose a product among {_divisors(model.num_layers)}",
+        )
+    if parallel.virtual_pipeline_stages > 1 and parallel.pipeline_parallel_size == 1:
+        yield Problem(
+            "parallel.virtual_pipeline_stages",
+            parallel.virtual_pipeline_stages,
+            "there is no pipeline to interleave",
+            "set it to 1, or parallel.pipeline_parallel_size above 1",
+        )
+    if tensor > 1 and parallel.expert_tensor_parallel_size > tensor:
+        yield Problem(
+            "parallel.expert_tensor_parallel_size",
+            parallel.expert_tensor_parallel_size,
+            f"is larger than parallel.tensor_parallel_size = {tensor}",
+            f"choose at most {tensor}",
+        )
+
+
+def check_world(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """The processes of the launch can be laid out, and the batch dealt over them."""
+    parallel, schedule = settings.parallel, settings.schedule
+    world = environment.world_size
+    dense = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    expert = (
+        parallel.expert_tensor_parallel_size
+        * parallel.expert_parallel_size
+        * parallel.pipeline_parallel_size
+    )
+    if world % dense:
+        yield Problem(
+            "parallel.tensor_parallel_size x parallel.pipeline_parallel_size",
+            dense,
+            f"does not divide the world of {world} processes",
+            f"start a multiple of {dense} processes, or choose a divisor of {world}",
+        )
+    if world % expert:
+        yield Problem(
+            "parallel.expert_tensor_parallel_size x parallel.expert_parallel_size"
+            " x parallel.pipeline_parallel_size",
+            expert,
+            f"does not divide the world of {world} processes",
+            f"start a multiple of {expert} processes, or choose a divisor of {world}",
+        )
+    if world % dense or world % expert:
+        return
+    data_parallel = settings.data_parallel_size(world)
+    samples = schedule.micro_batch_size * data_parallel
+    if schedule.global_batch_size % samples:
+        yield Problem(
+            "schedule.global_batch_size",
+            schedule.global_batch_size,
+            f"is not a multiple of schedule.micro_batch_size = {schedule.micro_batch_size}"
+            f" x {data_parallel} data-parallel processes",
+            f"choose a multiple of {samples}",
+        )
+    elif (
+        parallel.virtual_pipeline_stages > 1
+        and settings.num_microbatches(world) % parallel.pipeline_parallel_size
+    ):
+        yield Problem(
+            "schedule.global_batch_size",
+            schedule.global_batch_size,
+            f"makes {settings.num_microbatches(world)} microbatches, which interleaved stages need"
+            f" in multiples of parallel.pipeline_parallel_size = {parallel.pipeline_parallel_size}",
+            f"choose a multiple of {samples * parallel.pipeline_parallel_size}",
+        )

@@ -1,0 +1,35 @@
+"""Builds a model without memory for its weights and prints how many parameters it has."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from megatron_kanana import device
+from megatron_kanana.config import Environment, load_settings
+from tests.model.shipped import shipped_model
+
+
+def main(name: str) -> None:
+    """Print total parameters, and those of the routed experts, of `model=name`."""
+    settings = load_settings(["run_name=unsaved"], Environment())
+    settings.model = shipped_model(name)
+    where = device.prepare_device(settings, Environment())
+    device.initialize_process_groups(settings, where)
+
+    from megatron_kanana.model.builder import gpt_model
+    from megatron_kanana.model.megatron_config import transformer_config
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("meta")  # where megatron-core puts weights
+    with torch.device("meta"):
+        model = gpt_model(settings, transformer_config(settings, where), "torch")
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    print(sum(sizes.values()), sum(n for key, n in sizes.items() if ".mlp.experts." in key))
+    device.destroy_process_groups()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,23 @@
+"""Settings of the shipped models, whatever tokenizer and data there are."""
+
+from __future__ import annotations
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from megatron_kanana.config.compose import CONFIG_DIR
+from megatron_kanana.config.fields import build
+from megatron_kanana.config.problems import Problem
+from megatron_kanana.config.schema import ModelSettings
+
+
+def shipped_model(name: str) -> ModelSettings:
+    """Settings of `model=name`."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose("config", overrides=[f"model={name}"])
+    values = OmegaConf.to_container(config.model, resolve=True)
+    assert isinstance(values, dict)
+    problems: list[Problem] = []
+    model = build(ModelSettings, {str(key): value for key, value in values.items()}, problems)
+    assert model is not None, problems
+    return model
