@@ -1,7 +1,7 @@
-"""One forward and backward pass beside transformers' DeepseekV3ForCausalLM; prints JSON.
+"""Forward and backward passes beside transformers' DeepseekV3ForCausalLM.
 
-Arguments: length, then settings such as model.q_lora_rank=null. Weights are random; every
-parameter's gradient of the mean cross-entropy is compared as well.
+Argument: JSON, a list of [length, settings such as "model.q_lora_rank=null"]; prints a list of
+results. Weights are random; every parameter's gradient of the mean cross-entropy is compared.
 """
 
 from __future__ import annotations
@@ -142,11 +142,8 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
 
 
-def compare(settings: Settings, length: int) -> dict[str, float]:
+def compare(settings: Settings, where: device.Device, length: int) -> dict[str, float]:
     """Largest difference of the logits, their spread, and the worst gradient error."""
-    where = device.prepare_device(settings, Environment())
-    device.initialize_process_groups(settings, where)
-
     from megatron_kanana.model.builder import gpt_model
     from megatron_kanana.model.megatron_config import transformer_config
 
@@ -173,7 +170,6 @@ def compare(settings: Settings, length: int) -> dict[str, float]:
         for name, parameter in theirs.named_parameters()
         if parameter.grad is not None and parameter.numel()
     }
-    device.destroy_process_groups()
     return {
         "logit_difference": float((our_logits - their_logits).detach().abs().max()),
         "logit_spread": float(their_logits.detach().std()),
@@ -182,16 +178,18 @@ def compare(settings: Settings, length: int) -> dict[str, float]:
     }
 
 
-if __name__ == "__main__":
-    overrides = [
-        *(
-            "experiment=small",
-            "run_name=unsaved",
-            "device=cpu",
-            "data.sequence_length=4096",
-            "data.cache_dir=/tmp",
-        ),
-        *("model.balance_loss_coefficient=0", "model.z_loss_coefficient=0", *sys.argv[2:]),
+def small_settings(overrides: list[str]) -> Settings:
+    """The tests' small model in fp32 on a CPU, without the losses that transformers lacks."""
+    common = [
+        *("experiment=small", "run_name=unsaved", "device=cpu", "data.sequence_length=4096"),
+        *("model.balance_loss_coefficient=0", "model.z_loss_coefficient=0"),
     ]
-    chosen = load_settings(overrides, Environment(), str(CONFIG_DIR))
-    print(json.dumps(compare(chosen, int(sys.argv[1]))))
+    return load_settings([*common, *overrides], Environment(), str(CONFIG_DIR))
+
+
+if __name__ == "__main__":
+    cases = [(length, small_settings(overrides)) for length, overrides in json.loads(sys.argv[1])]
+    here = device.prepare_device(cases[0][1], Environment())
+    device.initialize_process_groups(cases[0][1], here)
+    print(json.dumps([compare(settings, here, length) for length, settings in cases]))
+    device.destroy_process_groups()

@@ -1,4 +1,4 @@
-"""Builds a model without memory for its weights and prints how many parameters it has."""
+"""Builds models without memory for their weights and prints how many parameters they have."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from megatron_kanana.config import Environment, load_settings
 from tests.model.shipped import shipped_model
 
 
-def main(name: str) -> None:
-    """Print total parameters, and those of the routed experts, of `model=name`."""
+def main(names: list[str]) -> None:
+    """Print a line for each `model=name`: its parameters, and those of the routed experts."""
     settings = load_settings(["run_name=unsaved"], Environment())
-    settings.model = shipped_model(name)
     where = device.prepare_device(settings, Environment())
     device.initialize_process_groups(settings, where)
 
@@ -24,12 +23,15 @@ def main(name: str) -> None:
 
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("meta")  # where megatron-core puts weights
-    with torch.device("meta"):
-        model = gpt_model(settings, transformer_config(settings, where), "torch")
-    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
-    print(sum(sizes.values()), sum(n for key, n in sizes.items() if ".mlp.experts." in key))
+    for name in names:
+        settings.model = shipped_model(name)
+        with torch.device("meta"):
+            model = gpt_model(settings, transformer_config(settings, where), "torch")
+        sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+        routed = sum(size for key, size in sizes.items() if ".mlp.experts." in key)
+        print(name, sum(sizes.values()), routed)
     device.destroy_process_groups()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

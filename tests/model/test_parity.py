@@ -39,12 +39,21 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_those_of_transformers(case: str) -> None:
-    length, overrides = CASES[case]
-    finished = run_python("tests/model/beside_transformers.py", str(length), *overrides)
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, float]]:
+    """Every case, one after another in one process."""
+    arguments = json.dumps(list(CASES.values()))
+    finished = run_python("tests/model/beside_transformers.py", arguments)
     assert finished.returncode == 0, finished.stderr
-    result = json.loads(finished.stdout.splitlines()[-1])
+    measured = json.loads(finished.stdout.splitlines()[-1])
+    return dict(zip(CASES, measured, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_transformers(
+    case: str, results: dict[str, dict[str, float]]
+) -> None:
+    result = results[case]
     assert result["logit_spread"] > 0.5
     assert result["logit_difference"] < 1e-4
     assert result["gradients"] > 40
