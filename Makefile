@@ -11,8 +11,6 @@ VENV ?= .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter 1,$(GPUS)),1,2)
 ARGS ?=
-# torchrun would set it with a warning; the job then gives each process its share of the cores.
-ONE_THREAD := $(if $(filter 1,$(PROCESSES)),,OMP_NUM_THREADS=1)
 PYTEST_ARGS ?=
 # torchrun would set it with a warning; the job then gives each process its share of the cores.
 ONE_THREAD := $(if $(filter 1,$(PROCESSES)),,OMP_NUM_THREADS=1)

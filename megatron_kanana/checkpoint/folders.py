@@ -1,4 +1,4 @@
-"""Checkpoint folders: which are whole, which is newest, which may go.
+"""Checkpoint folders: when one becomes whole, and which may go.
 
 A checkpoint is written under `step_00000100.partial` and renamed to `step_00000100` once every
 rank has written its part, so a name without `.partial` is a whole checkpoint.
@@ -6,29 +6,15 @@ rank has written its part, so a name without `.partial` is a whole checkpoint.
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
-_NAME = re.compile(r"step_(\d{8,})")
-
-
-def whole_path(directory: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return directory / f"step_{step:08d}"
+from megatron_kanana.config.saved import whole_path, whole_steps
 
 
 def partial_path(directory: Path, step: int) -> Path:
     """Folder where that checkpoint is being written."""
     return directory / f"step_{step:08d}.partial"
-
-
-def whole_steps(directory: Path) -> list[int]:
-    """Steps of the whole checkpoints, oldest first."""
-    if not directory.is_dir():
-        return []
-    matches = (_NAME.fullmatch(entry.name) for entry in directory.iterdir() if entry.is_dir())
-    return sorted(int(match.group(1)) for match in matches if match)
 
 
 def publish(directory: Path, step: int) -> None:

@@ -3,16 +3,21 @@
 from .compose import load_settings, saved_settings
 from .environment import Environment, detect_environment, resolve_device, resolve_precision
 from .problems import ConfigurationError, Problem
-from .saved import TOKENIZER_FILE, checkpoint_to_start_from, read_settings, write_settings
+from .saved import (
+    checkpoint_to_start_from,
+    checkpoint_tokenizer,
+    read_settings,
+    write_settings,
+)
 from .schema import Settings
 
 __all__ = [
-    "TOKENIZER_FILE",
     "ConfigurationError",
     "Environment",
     "Problem",
     "Settings",
     "checkpoint_to_start_from",
+    "checkpoint_tokenizer",
     "detect_environment",
     "load_settings",
     "read_settings",

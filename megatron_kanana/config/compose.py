@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .check_layout import check_model, check_sharding
 from .checks import check
 from .environment import Environment
 from .fields import build
@@ -57,11 +58,7 @@ def load_settings(
     settings = build(Settings, values, problems) if values is not None else None
     if settings is None:
         settings = _without_faults(choices, assignments, config_dir, problems)
-    if settings is not None:
-        problems.extend(check(settings, environment))
-    if settings is None or problems:
-        raise ConfigurationError(problems)
-    return settings
+    return _checked(settings, environment, problems)
 
 
 def saved_settings(
@@ -85,6 +82,39 @@ def saved_settings(
     ]
     values = _apply(OmegaConf.create(dict(saved)), assignments, problems)
     settings = build(Settings, values, problems) if values is not None else None
+    return _checked(settings, environment, problems)
+
+
+def settings_of_model(
+    model: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]
+) -> Settings:
+    """The default settings around another model, for a checkpoint that no run has made.
+
+    Sizes are checked against one another and against the layout; files and this machine are not.
+
+    Args:
+        model: every setting of the group `model` that has no default.
+        others: settings of other groups that differ from the defaults.
+
+    Raises:
+        ConfigurationError: with all the problems found.
+    """
+    problems: list[Problem] = []
+    values = dict(_compose([], [], None, problems) or {})
+    values |= {group: {**values[group], **changed} for group, changed in others.items()}
+    settings = build(Settings, {**values, "model": model}, problems)
+    environment = Environment()
+    if settings is not None:
+        problems += [*check_model(settings, environment), *check_sharding(settings, environment)]
+    if settings is None or problems:
+        raise ConfigurationError(problems)
+    return settings
+
+
+def _checked(
+    settings: Settings | None, environment: Environment, problems: list[Problem]
+) -> Settings:
+    """The settings, if neither their making nor their combinations left a problem."""
     if settings is not None:
         problems.extend(check(settings, environment))
     if settings is None or problems:

@@ -1,8 +1,9 @@
-"""Settings kept beside the weights of a checkpoint."""
+"""Checkpoints as the settings see them: their names, and the settings kept in each."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from .schema import Settings
 SETTINGS_FILE = "settings.yaml"
 """In each checkpoint's folder: the settings of the run that made it."""
 
+_NAME = re.compile(r"step_(\d{8,})")
+
 TOKENIZER_FILE = "tokenizer.model"
-"""In each checkpoint's folder: the tokenizer its model was trained with."""
+TOKENIZER_FOLDER = "tokenizer"
+"""In each checkpoint's folder: the tokenizer its model was trained with, either a SentencePiece
+model under the first name or a folder of Hugging Face's files under the second."""
 
 
 def write_settings(checkpoint: Path, settings: Settings) -> None:
@@ -34,14 +39,35 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
+def checkpoint_tokenizer(checkpoint: Path) -> Path:
+    """The tokenizer in a checkpoint's folder: a SentencePiece model or a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    for name in (TOKENIZER_FILE, TOKENIZER_FOLDER):
+        if (checkpoint / name).exists():
+            return checkpoint / name
+    raise FileNotFoundError(f"{checkpoint} has neither {TOKENIZER_FILE} nor {TOKENIZER_FOLDER}/")
+
+
+def whole_path(directory: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return directory / f"step_{step:08d}"
+
+
+def whole_steps(directory: Path) -> list[int]:
+    """Steps of the whole checkpoints, oldest first."""
+    if not directory.is_dir():
+        return []
+    matches = (_NAME.fullmatch(entry.name) for entry in directory.iterdir() if entry.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
 def newest_checkpoint(directory: str) -> Path | None:
     """Newest whole checkpoint in `directory`; while one is written its name ends in `.partial`."""
-    whole = [
-        path
-        for path in Path(directory).glob("step_*")
-        if path.suffix != ".partial" and (path / SETTINGS_FILE).is_file()
-    ]
-    return max(whole, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+    whole = (whole_path(Path(directory), step) for step in reversed(whole_steps(Path(directory))))
+    return next((path for path in whole if (path / SETTINGS_FILE).is_file()), None)
 
 
 def checkpoint_to_start_from(settings: Settings) -> Path | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-from megatron_kanana.checkpoint.folders import whole_path
 from megatron_kanana.checkpoint.writer import CheckpointWriter
+from megatron_kanana.config.saved import whole_path
 
 from .evaluation import evaluate
 from .generation import generate

@@ -11,9 +11,8 @@ from megatron_kanana.checkpoint.folders import (
     discard_old,
     partial_path,
     publish,
-    whole_path,
-    whole_steps,
 )
+from megatron_kanana.config.saved import whole_path, whole_steps
 
 
 def save(directory: Path, step: int, content: str = "weights") -> None:
