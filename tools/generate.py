@@ -15,8 +15,8 @@ from pathlib import Path
 
 from megatron_kanana import device
 from megatron_kanana.config import (
-    TOKENIZER_FILE,
     ConfigurationError,
+    checkpoint_tokenizer,
     detect_environment,
     read_settings,
     saved_settings,
@@ -53,7 +53,7 @@ def main() -> int:
             saved,
             [
                 *ONE_PROCESS,
-                f"data.tokenizer='{options.checkpoint / TOKENIZER_FILE}'",
+                f"data.tokenizer='{checkpoint_tokenizer(options.checkpoint)}'",
                 f"schedule.global_batch_size={environment.world_size}",
                 "schedule.micro_batch_size=1",
                 *options.overrides,

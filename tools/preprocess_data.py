@@ -32,17 +32,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", nargs="+", type=Path, help=".jsonl, .txt or .parquet files")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="SentencePiece .model file")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        type=Path,
+        help="SentencePiece .model file, or folder with Hugging Face's tokenizer.json",
+    )
     parser.add_argument("--output", required=True, type=Path, help="dataset path without suffix")
     parser.add_argument("--text-key", default="text", help="JSON field or parquet column")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizing processes")
     parser.add_argument("--force", action="store_true", help="replace an existing dataset")
     options = parser.parse_args()
-    problems = [
-        f"{path}: no such file"
-        for path in [*options.inputs, options.tokenizer]
-        if not path.is_file()
-    ]
+    problems = [f"{path}: no such file" for path in options.inputs if not path.is_file()]
+    if not options.tokenizer.exists():
+        problems.append(f"{options.tokenizer}: no such file or folder")
     if Path(f"{options.output}.idx").exists() and not options.force:
         problems.append(f"{options.output}.idx exists: give another --output, or --force")
     if problems:

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-from megatron_kanana.config import TOKENIZER_FILE, write_settings
+from megatron_kanana.config import write_settings
 from megatron_kanana.config.schema import CheckpointSettings
+from megatron_kanana.data.tokenizer import copy_tokenizer
 
 from .folders import discard_old, partial_path, publish
 from .state import Run, saved_state
@@ -44,7 +45,7 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write_settings(partial, run.settings)
-            shutil.copyfile(run.tokenizer.path, partial / TOKENIZER_FILE)
+            copy_tokenizer(run.tokenizer.path, partial)
         dist.barrier()
         request = dist_checkpointing.save(saved_state(run), str(partial), async_sharded_save=True)
         assert isinstance(request, AsyncRequest)

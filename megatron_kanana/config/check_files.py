@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import sentencepiece
-
 from .dataset_files import sequence_count
 from .environment import Environment
 from .problems import Problem
@@ -19,6 +17,7 @@ from .saved import (
     read_settings,
 )
 from .schema import Settings
+from .tokenizer_files import hugging_face_size, sentencepiece_size
 
 BUILTIN_VOCABULARY = (2048, 16384)
 """Smallest and largest vocabulary that the built-in text is enough for."""
@@ -42,7 +41,7 @@ def check_data(settings: Settings, environment: Environment) -> Iterator[Problem
             "data.tokenizer",
             "null",
             "data.blend names datasets, which were made with some tokenizer",
-            "name the SentencePiece model that they were made with",
+            "name the tokenizer that they were made with",
         )
     for index, entry in enumerate(data.blend):
         yield from check_dataset(f"data.blend[{index}].path", entry.path, data.held_out_percent)
@@ -76,20 +75,29 @@ def check_dataset(setting: str, path: str, held_out_percent: float) -> Iterator[
 
 def check_tokenizer(path: str, vocab_size: int) -> Iterator[Problem]:
     """The tokenizer can be read, and its ids are rows of the embedding."""
-    if not Path(path).is_file():
-        yield Problem("data.tokenizer", path, "no such file", "give a SentencePiece .model file")
+    if not Path(path).exists():
+        yield Problem(
+            "data.tokenizer",
+            path,
+            "no such file or folder",
+            "give a SentencePiece .model file, or a folder with Hugging Face's tokenizer.json",
+        )
         return
+    is_folder = Path(path).is_dir()
     try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
-    except RuntimeError:
-        yield Problem("data.tokenizer", path, "is not a SentencePiece model", "give a .model file")
+        size = (hugging_face_size if is_folder else sentencepiece_size)(Path(path))
+    except ValueError as error:
+        remedy = "give a folder with tokenizer.json" if is_folder else "give a .model file"
+        yield Problem("data.tokenizer", path, str(error), remedy)
         return
-    if pieces != vocab_size:
+    # Published models pad their vocabulary beyond Hugging Face's tokenizer. A SentencePiece model
+    # of another size than the vocabulary is the wrong one.
+    if size > vocab_size or (size < vocab_size and not is_folder):
         yield Problem(
             "model.vocab_size",
             vocab_size,
-            f"the tokenizer {path} has {pieces} pieces",
-            f"set model.vocab_size={pieces}, or name another tokenizer",
+            f"the tokenizer {path} has {size} {'ids' if is_folder else 'pieces'}",
+            f"set model.vocab_size={size}, or name another tokenizer",
         )
 
 

@@ -7,14 +7,14 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .tokenizer import SentencePieceTokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_DOCUMENTS = 32  # documents sent to a worker at a time
 
 Encode = Callable[[Iterable[str]], Iterator[tuple[list[int], int]]]
 """Documents to token ids, ending with the end-of-document token, and lengths in bytes; in order."""
 
-_worker_tokenizer: SentencePieceTokenizer
+_worker_tokenizer: Tokenizer
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def encoder(tokenizer_path: Path, workers: int) -> Iterator[Encode]:
 
 def _start_worker(tokenizer_path: Path) -> None:
     global _worker_tokenizer  # noqa: PLW0603  (one tokenizer a worker process)
-    _worker_tokenizer = SentencePieceTokenizer(tokenizer_path)
+    _worker_tokenizer = load_tokenizer(tokenizer_path)
 
 
 def _encode(document: str) -> tuple[list[int], int]:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from .encoding import encoder
-from .tokenizer import SentencePieceTokenizer
+from .tokenizer import load_tokenizer
 
 
 @dataclass
@@ -36,14 +36,14 @@ def write_dataset(
     Args:
         documents: texts; each gets an end-of-document token.
         prefix: path of the dataset without suffix; its folder is made.
-        tokenizer_path: SentencePiece model.
+        tokenizer_path: SentencePiece model or folder of a Hugging Face tokenizer.
         workers: processes that tokenize.
         on_document: called with each document's length in bytes once it is written.
 
     Raises:
         ValueError: there was no document.
     """
-    tokenizer = SentencePieceTokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     partial = {
         suffix: prefix.parent / f"{prefix.name}{suffix}.partial" for suffix in (".bin", ".idx")

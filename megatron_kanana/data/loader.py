@@ -12,7 +12,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_kanana.config.schema import DataSettings
 
-from .tokenizer import SentencePieceTokenizer
+from .tokenizer import Tokenizer
 
 Microbatch = dict[str, torch.Tensor]
 
@@ -54,7 +54,7 @@ class MicrobatchSampler:
 def build_datasets(
     settings: DataSettings,
     blend: list[tuple[Path, float]],
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     seed: int,
     train_samples: int,
     evaluation_samples: int,

@@ -1,26 +1,86 @@
-"""SentencePiece tokenizers: training one, and the face that megatron-core's datasets expect."""
+"""Tokenizers: the face that datasets and generation expect, SentencePiece's, and training one."""
 
 from __future__ import annotations
 
 import collections
 import hashlib
+import re
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import sentencepiece
+
+from megatron_kanana.config.saved import TOKENIZER_FILE, TOKENIZER_FOLDER
+from megatron_kanana.config.tokenizer_files import HUGGING_FACE_FILES, open_sentencepiece
 
 END_OF_DOCUMENT = "<|end_of_document|>"
 PADDING = "<|padding|>"
 
 
-class SentencePieceTokenizer:
-    """Text to token ids and back.
+class Tokenizer(Protocol):
+    """Text to token ids and back, whatever the kind of files.
 
     Attributes:
-        vocab_size: number of pieces.
+        path: the SentencePiece model, or the folder of Hugging Face's files.
+        vocab_size: one more than the largest id.
+        unused_ids: ids below it that stand for nothing.
         eod: id put after each document.
-        pad: id of padding, or -1 where the model has none.
+        pad: id of padding, or -1 where there is none of its own.
+        stop_ids: each of these ends generated text; `eod` is among them.
         unique_identifiers: what megatron-core hashes to name index caches.
+    """
+
+    path: Path
+    vocab_size: int
+    unused_ids: list[int]
+    eod: int
+    pad: int
+    stop_ids: frozenset[int]
+    unique_identifiers: collections.OrderedDict[str, Any]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a document, nothing added; what looks like a special token in it is text."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, behind the tokenizer's own beginning; special tokens are meant."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; invalid UTF-8 becomes U+FFFD."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a SentencePiece .model file or in a folder of Hugging Face's files.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not Path(path).is_dir():
+        return SentencePieceTokenizer(path)
+    from .hugging_face_tokenizer import HuggingFaceTokenizer
+
+    return HuggingFaceTokenizer(path)
+
+
+def copy_tokenizer(path: Path, checkpoint: Path) -> None:
+    """Put a copy of a tokenizer's files into a checkpoint's folder, where it is looked for.
+
+    Of a folder only the tokenizer's own files are taken, so it may be a whole model's.
+    """
+    if not path.is_dir():
+        shutil.copyfile(path, checkpoint / TOKENIZER_FILE)
+        return
+    (checkpoint / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+    for name in HUGGING_FACE_FILES:
+        if (path / name).is_file():
+            shutil.copyfile(path / name, checkpoint / TOKENIZER_FOLDER / name)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model.
+
+    Attributes: those of `Tokenizer`.
 
     Args:
         path: a SentencePiece .model file.
@@ -31,25 +91,32 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model; give a .model file") from error
+        self._processor = open_sentencepiece(self.path)
         self.vocab_size: int = self._processor.vocab_size()
+        self.unused_ids: list[int] = []
         self.eod: int = self._processor.eos_id()
         self.pad: int = self._processor.pad_id()
+        self.stop_ids = frozenset([self.eod])
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.unique_identifiers = collections.OrderedDict(
             {"class": type(self).__name__, "sha256": digest}
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without an end-of-document token."""
+        """Token ids of a document, nothing added; what looks like a special token in it is text."""
         ids: list[int] = self._processor.encode(text)
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, in which the names of control pieces are meant."""
+        names = {self._processor.id_to_piece(id): id for id in (self.eod, self.pad) if id >= 0}
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        return [
+            id for part in parts for id in ([names[part]] if part in names else self.encode(part))
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; invalid UTF-8 becomes U+FFFD."""
+        """Text of token ids, control pieces left out; invalid UTF-8 becomes U+FFFD."""
         text: str = self._processor.decode(list(ids))
         return text
 

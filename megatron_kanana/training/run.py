@@ -16,7 +16,7 @@ from megatron_kanana.checkpoint import state as checkpoint_state
 from megatron_kanana.config import Settings, checkpoint_to_start_from
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
 from megatron_kanana.data.loader import MicrobatchSampler, build_datasets, microbatches
-from megatron_kanana.data.tokenizer import SentencePieceTokenizer
+from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import choose_backend
 from megatron_kanana.model.builder import build_model
@@ -47,7 +47,7 @@ class Model:
     device: Device
     config: MLATransformerConfig
     chunks: list[Any]
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer
 
 
 @dataclass
@@ -113,9 +113,9 @@ def build_run(settings: Settings, device: Device) -> Run:
     )
 
 
-def prepare_tokenizer(settings: Settings) -> SentencePieceTokenizer:
+def prepare_tokenizer(settings: Settings) -> Tokenizer:
     """The tokenizer the settings name, or the built-in one."""
-    return SentencePieceTokenizer(settings.data.tokenizer or _prepare_builtin(settings).tokenizer)
+    return load_tokenizer(settings.data.tokenizer or _prepare_builtin(settings).tokenizer)
 
 
 def prepare_blend(settings: Settings) -> list[tuple[Path, float]]:

@@ -273,7 +273,7 @@ BAD = {
         ("data.blend=[{path:{tmp}/corpus,weight:1}]",),
         "data.tokenizer",
         "null",
-        "name the SentencePiece model that they were made with",
+        "name the tokenizer that they were made with",
     ),
     "blend with a weight of zero": Bad(
         ("data.blend=[{path:{tmp}/corpus,weight:0}]",),
