@@ -80,6 +80,12 @@ class ModelSettings:
     zero_centered_gamma: bool = architecture(
         False, help="store RMSNorm's gain as gain - 1, so that weight decay pulls it to 1"
     )
+    num_mtp_layers: int = architecture(
+        0, help="multi-token prediction layers, for training only (DeepSeek-V3, 2.2)", minimum=0
+    )
+    mtp_loss_coefficient: float = setting(
+        0.1, help="weight of their mean loss (DeepSeek-V3, 4.2: 0.3, later 0.1)", minimum=0.0
+    )
     init_std: float = setting(0.02, help="standard deviation of initial weights", above=0.0)
     vocab_size_multiple: int = architecture(
         128, help="embedding rows are padded to a multiple of this, whatever the layout", minimum=1
@@ -190,7 +196,9 @@ class DataSettings:
         [], help="indexed datasets; an empty list uses the built-in text"
     )
     tokenizer: str | None = setting(
-        None, help="SentencePiece model; null trains one on the built-in text at first use"
+        None,
+        help="SentencePiece model, or folder with Hugging Face's tokenizer.json; null trains one on"
+        " the built-in text at first use",
     )
     cache_dir: str = setting(
         "data", help="where the trained tokenizer, built-in datasets and index caches are kept"

@@ -14,7 +14,8 @@ from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
 
 from .initialization import initialize_weights
-from .layer_spec import block_spec
+from .layer_spec import block_spec, multi_token_prediction_spec
+from .multi_token import MultiTokenGPTModel
 
 
 def build_model(
@@ -51,9 +52,11 @@ def gpt_model(
     vp_stage: int | None = None,
 ) -> Any:
     """megatron-core's GPTModel with the project's layers; weights are megatron-core's."""
-    return GPTModel(
+    model_class = MultiTokenGPTModel if settings.model.num_mtp_layers else GPTModel
+    return model_class(
         config=config,
         transformer_layer_spec=block_spec(config, attention_backend, vp_stage),
+        mtp_block_spec=multi_token_prediction_spec(config, attention_backend, vp_stage),
         vocab_size=settings.model.padded_vocab_size,
         max_sequence_length=settings.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -14,6 +14,12 @@ from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttention,
     MLASelfAttentionSubmodules,
 )
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+    get_mtp_num_layers_to_build,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -41,6 +47,31 @@ def block_spec(
         for index in range(first, first + count)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def multi_token_prediction_spec(
+    config: MLATransformerConfig, attention_backend: str, vp_stage: int | None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The multi-token prediction layers (DeepSeek-V3, section 2.2); None on other stages.
+
+    All lie on the last stage. Each one's transformer layer has experts: it comes after the model's
+    layers, of which only the first ones are dense. Its projection of two concatenated norms is
+    split by columns; megatron-core gathers the columns and deals the sequence out again.
+    """
+    count = get_mtp_num_layers_to_build(config, vp_stage=vp_stage)
+    if count == 0:
+        return None
+    layer = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=RMSNorm,
+            hnorm=RMSNorm,
+            eh_proj=ColumnParallelLinear,
+            transformer_layer=layer_spec(attention_backend, is_moe=True),
+            layer_norm=RMSNorm,
+        ),
+    )
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * count)
 
 
 def layer_spec(attention_backend: str, *, is_moe: bool) -> ModuleSpec:

@@ -1,0 +1,90 @@
+"""Multi-token prediction (DeepSeek-V3, section 2.2): losses of training steps, and of those only.
+
+megatron-core's GPTModel adds the layers' losses to the gradient behind the scenes. Here it does so
+in training alone, and the losses are handed over to be reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+
+class MultiTokenGPTModel(GPTModel):
+    """A GPTModel whose multi-token prediction layers run in training forwards with labels only.
+
+    Layer k predicts the token k places after the next one, from the hidden states of layer k - 1
+    (the model's own, after its final norm, for k = 1) and the embedding of the token k places on:
+    equations 21 to 25. Each layer's loss is the mean over its labels that count.
+    """
+
+    def forward(
+        self,
+        *inputs: Any,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """As GPTModel's; `loss_mask` is [batch, sequence], one where a label counts.
+
+        A microbatch without any label for the last layer teaches the layers nothing.
+        """
+        if not self.mtp_process:
+            return super().forward(*inputs, labels=labels, **options)
+        if labels is None or not self.training:
+            with _set(self, mtp_process=False), _set(self.config, mtp_num_layers=None):
+                return super().forward(*inputs, labels=labels, **options)
+        if loss_mask is None:
+            loss_mask = torch.ones_like(labels)
+        # In fp32, in which the labels are counted. megatron-core divides by that count: where it
+        # is zero, all labels are taken and weighed with zero.
+        loss_mask = loss_mask.float()
+        any_label = loss_mask[:, self.config.mtp_num_layers :].any()
+        loss_mask = torch.where(any_label, loss_mask, 1.0)
+        with _set(
+            self.config, mtp_loss_scaling_factor=self.config.mtp_loss_scaling_factor * any_label
+        ):
+            return super().forward(*inputs, labels=labels, loss_mask=loss_mask, **options)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """As GPTModel's, which looks for a process group in `metadata` even without metadata."""
+        return super().sharded_state_dict(
+            prefix, sharded_offsets, ensure_metadata_has_dp_cp_group(metadata)
+        )
+
+
+def take_mtp_losses(num_microbatches: int) -> torch.Tensor | None:
+    """Mean losses of the training forwards since the last call, fp32 [num_mtp_layers].
+
+    Args:
+        num_microbatches: how many forwards there were.
+
+    Returns:
+        None on a process without multi-token prediction layers.
+    """
+    losses: torch.Tensor | None = MTPLossLoggingHelper.tracker.pop("values", None)
+    return None if losses is None else losses / num_microbatches
+
+
+@contextlib.contextmanager
+def _set(target: Any, **values: Any) -> Iterator[None]:
+    """Give attributes other values for a while."""
+    before = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
