@@ -152,19 +152,29 @@ def check_saved_model(settings: Settings) -> Iterator[Problem]:
     path = checkpoint_to_start_from(settings)
     if path is None:
         return
-    saved = read_settings(path)["model"]
     now = dataclasses.asdict(settings.model)
+    # A checkpoint made before a setting existed was made with its default.
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(settings.model)
+        if field.default is not dataclasses.MISSING
+    }
+    saved = {**now, **defaults, **read_settings(path)["model"]}
     differing = [
         field.name
         for field in dataclasses.fields(settings.model)
-        if field.metadata.get("fixed_by_checkpoint")
-        and saved.get(field.name, now[field.name]) != now[field.name]
+        if field.metadata.get("fixed_by_checkpoint") and saved[field.name] != now[field.name]
     ]
     if differing:
+        without_mtp = (
+            ", or leave the multi-token prediction layers out of the checkpoint with"
+            " tools/convert_checkpoint.py (to-hf, then to-megatron --mtp drop)"
+        )
         yield Problem(
             ", ".join(f"model.{name}" for name in differing),
             ", ".join(str(now[name]) for name in differing),
             f"the checkpoint {path} was made with "
             + ", ".join(str(saved[name]) for name in differing),
-            "take those values, or another run_name to start anew",
+            "take those values, or another run_name to start anew"
+            + (without_mtp if saved["num_mtp_layers"] and not now["num_mtp_layers"] else ""),
         )

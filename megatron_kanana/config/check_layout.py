@@ -38,6 +38,14 @@ def check_model(settings: Settings, environment: Environment) -> Iterator[Proble
             f"a layer has only model.num_experts = {model.num_experts}",
             f"choose at most {model.num_experts}",
         )
+    if settings.data.sequence_length <= model.num_mtp_layers:
+        yield Problem(
+            "model.num_mtp_layers",
+            model.num_mtp_layers,
+            "leaves the last of these layers no label in data.sequence_length ="
+            f" {settings.data.sequence_length} tokens",
+            "choose fewer layers (DeepSeek-V3: 1), or longer sequences",
+        )
     yield from check_expert_groups(model)
 
 

@@ -20,6 +20,8 @@ class ParameterCount:
         shared_experts: experts every token visits.
         routers: router weights; the balancing bias is no parameter.
         norms: norms before attention and feed-forward, and the last one.
+        multi_token_prediction: the multi-token prediction layers, all their experts included. They
+            share both embeddings, of which a pipeline's last stage holds one more copy.
     """
 
     embeddings: int
@@ -30,6 +32,7 @@ class ParameterCount:
     shared_experts: int
     routers: int
     norms: int
+    multi_token_prediction: int
 
     @property
     def total(self) -> int:
@@ -42,12 +45,18 @@ class ParameterCount:
             + self.shared_experts
             + self.routers
             + self.norms
+            + self.multi_token_prediction
         )
 
     @property
     def active(self) -> int:
-        """What one token uses: everything but the experts it does not visit."""
-        return self.total - self.routed_experts + self.active_experts
+        """What one token uses at inference.
+
+        Everything but the experts it does not visit and the multi-token prediction layers, which
+        are there for training.
+        """
+        idle_experts = self.routed_experts - self.active_experts
+        return self.total - idle_experts - self.multi_token_prediction
 
 
 def count_parameters(model: ModelSettings) -> ParameterCount:
@@ -64,6 +73,20 @@ def count_parameters(model: ModelSettings) -> ParameterCount:
         shared_experts=moe_layers * model.num_shared_experts * expert,
         routers=moe_layers * model.num_experts * model.hidden_size,
         norms=(2 * model.num_layers + 1) * model.hidden_size,
+        multi_token_prediction=model.num_mtp_layers * multi_token_prediction_layer(model),
+    )
+
+
+def multi_token_prediction_layer(model: ModelSettings) -> int:
+    """One layer of DeepSeek-V3, section 2.2: an expert layer, a projection and five norms."""
+    hidden = model.hidden_size
+    experts = model.num_experts + model.num_shared_experts
+    return (
+        2 * hidden * hidden
+        + 5 * hidden
+        + attention(model)
+        + experts * gated_feed_forward(hidden, model.moe_ffn_hidden_size)
+        + model.num_experts * hidden
     )
 
 

@@ -43,7 +43,9 @@ def train(run: Run) -> None:
     while run.step < last_step:
         result = train_step(run, iterators)
         if run.step % settings.logging.interval == 0 or run.step == last_step:
-            metrics = collect_metrics(run.chunks, run.config, result.losses, run.expert_loads)
+            metrics = collect_metrics(
+                run.chunks, run.config, result.losses, result.mtp_losses, run.expert_loads
+            )
             now = time.monotonic()
             if recorder is not None:
                 tokens = schedule.global_batch_size * settings.data.sequence_length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,14 +42,17 @@ class StepMetrics:
     """One step, over all processes.
 
     Attributes:
-        loss: mean over the global batch, in nats a token.
+        loss: mean over the global batch, in nats a token, of the next token alone.
         max_logits: largest attention logit of each layer, over heads, samples and processes.
         expert_loads: tokens each expert received, [num_experts] by layer number from 1.
+        mtp_losses: the same mean for each multi-token prediction layer. In the other fields these
+            layers come after the model's own.
     """
 
     loss: float
     max_logits: list[float]
     expert_loads: dict[int, list[float]]
+    mtp_losses: list[float] = field(default_factory=list)
 
     @property
     def max_logit(self) -> float:
@@ -78,13 +81,16 @@ def collect_metrics(
     chunks: list[Any],
     config: MLATransformerConfig,
     losses: list[torch.Tensor],
+    mtp_losses: torch.Tensor | None,
     recorder: ExpertLoadRecorder,
 ) -> StepMetrics:
     """Combine the processes' measurements; two collectives, on every process.
 
     Running maxima of the attention modules are taken, so that the next step starts anew.
     """
-    num_layers, num_experts = config.num_layers, config.num_moe_experts
+    num_mtp_layers, num_experts = config.mtp_num_layers or 0, config.num_moe_experts
+    num_layers = config.num_layers + num_mtp_layers
+    has_experts = [*config.moe_layer_freq, *[1] * num_mtp_layers]
     device = next(chunks[0].parameters()).device
     max_logits = torch.full((num_layers,), float("-inf"), device=device)
     for chunk in chunks:
@@ -95,6 +101,8 @@ def collect_metrics(
     for layer, load in recorder.loads.items():
         sums[layer - 1, :num_experts] = load
     sums[0, -1] = local_loss_share(losses)
+    if mtp_losses is not None:
+        sums[1 : num_mtp_layers + 1, -1] = local_share(mtp_losses)
     dist.all_reduce(max_logits, op=dist.ReduceOp.MAX)
     dist.all_reduce(sums)
     loads = sums[:, :num_experts].tolist()
@@ -102,20 +110,22 @@ def collect_metrics(
         loss=float(sums[0, -1]),
         max_logits=max_logits.tolist(),
         expert_loads={
-            layer: loads[layer - 1]
-            for layer in range(1, num_layers + 1)
-            if config.moe_layer_freq[layer - 1]
+            layer: loads[layer - 1] for layer in range(1, num_layers + 1) if has_experts[layer - 1]
         },
+        mtp_losses=sums[1 : num_mtp_layers + 1, -1].tolist(),
     )
 
 
 def local_loss_share(losses: list[torch.Tensor]) -> float:
     """This process's part of the mean loss; the parts of all processes add up to it."""
-    if not losses or parallel_state.get_tensor_model_parallel_rank() != 0:
-        return 0.0
-    mean = float(torch.stack(losses).double().mean())
-    data_parallel_size: int = parallel_state.get_data_parallel_world_size()
-    return mean / data_parallel_size
+    return float(local_share(torch.stack(losses).double().mean())) if losses else 0.0
+
+
+def local_share(means: torch.Tensor) -> torch.Tensor:
+    """This process's part of means over data-parallel processes, equal on tensor-parallel ones."""
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return torch.zeros_like(means)
+    return means / parallel_state.get_data_parallel_world_size()
 
 
 def _modules(chunk: Any, kind: type) -> Iterator[Any]:

@@ -72,16 +72,19 @@ class Recorder:
             {
                 "step": step,
                 **scalars,
+                "mtp_losses": metrics.mtp_losses,
                 "max_attention_logits": metrics.max_logits,
                 "expert_loads": metrics.expert_loads,
             }
         )
+        mtp_losses = {f"mtp_loss_{i}": v for i, v in enumerate(metrics.mtp_losses, 1)}
         layers = {
             **{f"max_attention_logit/layer_{i}": v for i, v in enumerate(metrics.max_logits, 1)},
             **{f"max_violation/layer_{i}": v for i, v in metrics.max_violations.items()},
         }
-        self._scalars(step, {f"train/{name}": value for name, value in scalars.items()} | layers)
-        self._show(step, scalars)
+        train = {f"train/{name}": value for name, value in (scalars | mtp_losses).items()}
+        self._scalars(step, train | layers)
+        self._show(step, scalars, metrics.mtp_losses)
 
     def record_evaluation(self, step: int, loss: float) -> None:
         """Write one evaluation."""
@@ -110,12 +113,13 @@ class Recorder:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
 
-    def _show(self, step: int, scalars: dict[str, float]) -> None:
+    def _show(self, step: int, scalars: dict[str, float], mtp_losses: list[float]) -> None:
         now = time.monotonic()
         seconds_a_step = (now - self._start_time) / max(1, step - self._start_step)
         left = int(seconds_a_step * (self._total_steps - step))
+        mtp = "  MTP " + " ".join(f"{loss:.4f}" for loss in mtp_losses) if mtp_losses else ""
         line = (
-            f"step {step}/{self._total_steps}  loss {scalars['loss']:.4f}"
+            f"step {step}/{self._total_steps}  loss {scalars['loss']:.4f}{mtp}"
             f"  grad norm {scalars['grad_norm']:.3f}  lr {scalars['learning_rate']:.2e}"
             f"  {scalars['tokens_per_second']:,.0f} tokens/s"
             f"  max logit {scalars['max_attention_logit']:.2f}"

@@ -11,6 +11,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
+from megatron_kanana.model.multi_token import take_mtp_losses
+
 from .run import DataIterators, Run
 
 
@@ -20,11 +22,14 @@ class StepResult:
 
     Attributes:
         losses: mean loss of each microbatch; empty on processes without the output layer.
+        mtp_losses: fp32 [num_mtp_layers], mean over the microbatches of each multi-token
+            prediction layer's loss; None where `losses` is empty and without such layers.
         grad_norm: global norm of the gradients before clipping.
         applied: whether the weights were updated.
     """
 
     losses: list[torch.Tensor]
+    mtp_losses: torch.Tensor | None
     grad_norm: float
     applied: bool
 
@@ -43,7 +48,8 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
     clear_aux_losses_tracker()
     run.step += 1
     run.consumed_samples += run.settings.schedule.global_batch_size
-    return StepResult(losses, float(grad_norm), bool(applied))
+    mtp_losses = take_mtp_losses(run.num_microbatches)
+    return StepResult(losses, mtp_losses, float(grad_norm), bool(applied))
 
 
 def run_schedule(
@@ -71,8 +77,11 @@ def _forward_step(run: Run, iterator: Iterator[Any] | None, chunk: Any) -> Any:
         name: tensor.to(run.device.torch_device, non_blocking=True)
         for name, tensor in next(iterator).items()
     }
-    out = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return out, partial(masked_mean_loss, batch["loss_mask"])
+    mask = batch["loss_mask"]
+    out = chunk(
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=mask
+    )
+    return out, partial(masked_mean_loss, mask)
 
 
 def masked_mean_loss(

@@ -72,6 +72,21 @@ def hugging_face_names(ours: Tensors, model: ModelSettings) -> Tensors:
         "model.norm.weight": ours["decoder.final_layernorm.weight"],
         "lm_head.weight": ours["output_layer.weight"],
     }
+    for index in range(model.num_layers):
+        is_moe = index >= model.num_dense_layers
+        layer = (f"decoder.layers.{index}", f"model.layers.{index}")
+        theirs |= hugging_face_layer_names(ours, *layer, model, is_moe=is_moe)
+    return theirs
+
+
+def hugging_face_layer_names(
+    ours: Tensors, source: str, target: str, model: ModelSettings, *, is_moe: bool
+) -> Tensors:
+    """One transformer layer's tensors, from names below `source` to names below `target`."""
+    theirs = {
+        f"{target}.input_layernorm.weight": ours[f"{source}.input_layernorm.weight"],
+        f"{target}.post_attention_layernorm.weight": ours[f"{source}.pre_mlp_layernorm.weight"],
+    }
     attention = {
         "linear_q_proj": "q_proj",
         "linear_q_down_proj": "q_a_proj",
@@ -82,34 +97,27 @@ def hugging_face_names(ours: Tensors, model: ModelSettings) -> Tensors:
         "linear_kv_up_proj": "kv_b_proj",
         "linear_proj": "o_proj",
     }
-    for index in range(model.num_layers):
-        source, target = f"decoder.layers.{index}", f"model.layers.{index}"
-        theirs[f"{target}.input_layernorm.weight"] = ours[f"{source}.input_layernorm.weight"]
-        theirs[f"{target}.post_attention_layernorm.weight"] = ours[
-            f"{source}.pre_mlp_layernorm.weight"
+    for name, other in attention.items():
+        if (key := f"{source}.self_attention.{name}.weight") in ours:
+            theirs[f"{target}.self_attn.{other}.weight"] = ours[key]
+    if not is_moe:
+        return theirs | _feed_forward(ours, f"{source}.mlp", f"{target}.mlp")
+    theirs[f"{target}.mlp.gate.weight"] = ours[f"{source}.mlp.router.weight"]
+    if (key := f"{source}.mlp.router.expert_bias") in ours:
+        theirs[f"{target}.mlp.gate.e_score_correction_bias"] = ours[key]
+    for name, other in {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}.items():
+        experts = [
+            ours[f"{source}.mlp.experts.local_experts.{expert}.{name}.weight"]
+            for expert in range(model.num_experts)
         ]
-        for name, other in attention.items():
-            if (key := f"{source}.self_attention.{name}.weight") in ours:
-                theirs[f"{target}.self_attn.{other}.weight"] = ours[key]
-        if index < model.num_dense_layers:
-            theirs |= _feed_forward(ours, f"{source}.mlp", f"{target}.mlp")
-            continue
-        theirs[f"{target}.mlp.gate.weight"] = ours[f"{source}.mlp.router.weight"]
-        if (key := f"{source}.mlp.router.expert_bias") in ours:
-            theirs[f"{target}.mlp.gate.e_score_correction_bias"] = ours[key]
-        for name, other in {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}.items():
-            experts = [
-                ours[f"{source}.mlp.experts.local_experts.{expert}.{name}.weight"]
-                for expert in range(model.num_experts)
-            ]
-            theirs[f"{target}.mlp.experts.{other}"] = torch.stack(experts)
-        shared = "mlp.shared_experts"
-        if model.num_shared_experts:
-            theirs |= _feed_forward(ours, f"{source}.{shared}", f"{target}.{shared}")
-        else:  # transformers keeps projections of width zero
-            empty = torch.empty(0, model.hidden_size)
-            for name, tensor in {"gate": empty, "up": empty, "down": empty.T}.items():
-                theirs[f"{target}.{shared}.{name}_proj.weight"] = tensor
+        theirs[f"{target}.mlp.experts.{other}"] = torch.stack(experts)
+    shared = "mlp.shared_experts"
+    if model.num_shared_experts:
+        theirs |= _feed_forward(ours, f"{source}.{shared}", f"{target}.{shared}")
+    else:  # transformers keeps projections of width zero
+        empty = torch.empty(0, model.hidden_size)
+        for name, tensor in {"gate": empty, "up": empty, "down": empty.T}.items():
+            theirs[f"{target}.{shared}.{name}_proj.weight"] = tensor
     return theirs
 
 

@@ -13,7 +13,10 @@ from tests.model.shipped import shipped_model
 
 
 def main(names: list[str]) -> None:
-    """Print a line for each `model=name`: its parameters, and those of the routed experts."""
+    """Print a line for each model: its parameters, and those of the routed experts.
+
+    A name may have overrides behind it: "kanana_2_tiny,model.num_layers=8".
+    """
     settings = load_settings(["run_name=unsaved"], Environment())
     where = device.prepare_device(settings, Environment())
     device.initialize_process_groups(settings, where)
@@ -24,11 +27,15 @@ def main(names: list[str]) -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("meta")  # where megatron-core puts weights
     for name in names:
-        settings.model = shipped_model(name)
+        settings.model = shipped_model(*name.split(","))
         with torch.device("meta"):
             model = gpt_model(settings, transformer_config(settings, where), "torch")
         sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
-        routed = sum(size for key, size in sizes.items() if ".mlp.experts." in key)
+        routed = sum(
+            size
+            for key, size in sizes.items()
+            if key.startswith("decoder.") and ".mlp.experts." in key
+        )
         print(name, sum(sizes.values()), routed)
     device.destroy_process_groups()
 

@@ -11,10 +11,10 @@ from megatron_kanana.config.problems import Problem
 from megatron_kanana.config.schema import ModelSettings
 
 
-def shipped_model(name: str) -> ModelSettings:
-    """Settings of `model=name`."""
+def shipped_model(name: str, *overrides: str) -> ModelSettings:
+    """Settings of `model=name`, with overrides such as "model.num_layers=8"."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose("config", overrides=[f"model={name}"])
+        config = compose("config", overrides=[f"model={name}", *overrides])
     values = OmegaConf.to_container(config.model, resolve=True)
     assert isinstance(values, dict)
     problems: list[Problem] = []

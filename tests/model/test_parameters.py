@@ -29,11 +29,21 @@ def test_counts_are_those_published(name: str) -> None:
 
 
 def test_counts_are_those_of_built_models() -> None:
-    names = ["kanana_2_tiny", *(name for name in PUBLISHED if "proxy" not in name)]
+    predicting = [f"kanana_2_tiny,++model.num_mtp_layers={layers}" for layers in (1, 2)]
+    names = ["kanana_2_tiny", *predicting, *(name for name in PUBLISHED if "proxy" not in name)]
     finished = run_python("tests/model/count_on_meta.py", *names)
     assert finished.returncode == 0, finished.stderr
     lines = [line.split() for line in finished.stdout.splitlines() if line.startswith("kanana")]
     assert [line[0] for line in lines] == names
     for name, total, routed in lines:
-        count = count_parameters(shipped_model(name))
+        count = count_parameters(shipped_model(*name.split(",")))
         assert (count.total, count.routed_experts) == (int(total), int(routed))
+
+
+def test_multi_token_prediction_counts_for_the_whole_and_not_for_what_a_token_uses() -> None:
+    bare = count_parameters(shipped_model("kanana_2_30b_a3b"))
+    count = count_parameters(shipped_model("kanana_2_30b_a3b", "++model.num_mtp_layers=1"))
+    assert bare.multi_token_prediction == 0
+    assert count.multi_token_prediction > bare.total / 48  # a layer and a projection
+    assert count.total == bare.total + count.multi_token_prediction
+    assert count.active == bare.active

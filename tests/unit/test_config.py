@@ -92,6 +92,15 @@ def test_saved_settings_come_back_with_overrides_and_checks(tmp_path: Path) -> N
         saved_settings(read_settings(tmp_path), ["parallel.tensor_parallel_size=3"], TWO)
 
 
+def test_saved_settings_without_later_ones_get_their_defaults(tmp_path: Path) -> None:
+    settings = load_settings([f"output_dir={tmp_path}"], TWO)
+    write_settings(tmp_path, settings)
+    saved = read_settings(tmp_path)
+    for name in ("num_mtp_layers", "mtp_loss_coefficient"):
+        del saved["model"][name]
+    assert saved_settings(saved, [], TWO) == settings
+
+
 def test_a_run_starts_from_its_newest_whole_checkpoint_before_any_other(tmp_path: Path) -> None:
     words = [f"output_dir={tmp_path}", "run_name=run"]
     fresh = load_settings(words, TWO)

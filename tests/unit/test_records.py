@@ -18,7 +18,9 @@ from megatron_kanana.training.records import Recorder, read_records
 from megatron_kanana.training.report import write_report
 
 
-def record(run_dir: Path, first: int, last: int, *, offset: float = 0.0) -> None:
+def record(
+    run_dir: Path, first: int, last: int, *, offset: float = 0.0, mtp_losses: tuple[float, ...] = ()
+) -> None:
     """Record steps first..last, as a run that starts at `first` - 1 would."""
     recorder = Recorder(run_dir, first - 1, 10, tensorboard=True)
     for step in range(first, last + 1):
@@ -26,6 +28,7 @@ def record(run_dir: Path, first: int, last: int, *, offset: float = 0.0) -> None
             loss=10.0 - step + offset,
             max_logits=[1.0 * step, 2.0],
             expert_loads={2: [3.0, 1.0, 2.0, 2.0]},
+            mtp_losses=list(mtp_losses),
         )
         recorder.record_step(step, metrics, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=9)
     recorder.record_evaluation(last, 4.25)
@@ -72,7 +75,19 @@ def test_a_line_of_progress_tells_everything(
     line = capsys.readouterr().out.splitlines()[0]
     for part in ("step 1/10", "loss 9.0000", "grad norm 0.500", "lr 1.00e-03", "9 tokens/s"):
         assert part in line
+    assert "MTP" not in line
     assert re.search(r"max logit 2\.00  MaxVio 0\.50  left \d+:\d\d$", line)
+
+
+def test_losses_of_multi_token_prediction_are_recorded_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, 1, 1, mtp_losses=(9.5, 9.75))
+    assert "loss 9.0000  MTP 9.5000 9.7500  grad norm" in capsys.readouterr().out
+    assert read_records(tmp_path / "metrics.jsonl")[0]["mtp_losses"] == [9.5, 9.75]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("train/mtp_loss_2")[0].value == pytest.approx(9.75)
 
 
 def test_the_report_shows_curves_sample_and_settings(tmp_path: Path) -> None:
