@@ -46,10 +46,23 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt: behind the tokenizer's own beginning, special tokens meant."""
+        """Token ids of a text to be continued, behind what the tokenizer puts first."""
         self._tokenizer.encode_special_tokens = False
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
         return ids
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, in which special tokens are meant."""
+        self._tokenizer.encode_special_tokens = False
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def name_of(self, token: int) -> str:
+        """The token with this id; KeyError if there is none."""
+        name = self._tokenizer.id_to_token(token)
+        if name is None:
+            raise KeyError(token)
+        return name
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; invalid UTF-8 becomes U+FFFD."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,7 +43,13 @@ class Tokenizer(Protocol):
         """Token ids of a document, nothing added; what looks like a special token in it is text."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, behind the tokenizer's own beginning; special tokens are meant."""
+        """Token ids of a text to be continued, behind what the tokenizer puts first."""
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, in which special tokens are meant."""
+
+    def name_of(self, token: int) -> str:
+        """What the token is called in the tokenizer's files."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; invalid UTF-8 becomes U+FFFD."""
@@ -108,12 +113,21 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, in which the names of control pieces are meant."""
-        names = {self._processor.id_to_piece(id): id for id in (self.eod, self.pad) if id >= 0}
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-        return [
-            id for part in parts for id in ([names[part]] if part in names else self.encode(part))
-        ]
+        """Token ids of a text to be continued; nothing is put first."""
+        return self.encode(text)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, in which the ends of turns are meant."""
+        first, *others = text.split(self.name_of(self.eod))
+        ids = self.encode(first)
+        for part in others:
+            ids += [self.eod, *self.encode(part)]
+        return ids
+
+    def name_of(self, token: int) -> str:
+        """The piece with this id."""
+        name: str = self._processor.id_to_piece(token)
+        return name
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control pieces left out; invalid UTF-8 becomes U+FFFD."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_kanana import device, train
 from megatron_kanana.config import ConfigurationError, Environment, load_settings, write_settings
+from megatron_kanana.config.saved import SETTINGS_FILE
+from tests.hugging_face_tokenizers import save_byte_level_tokenizer
 from tests.launch import run_python
 
 ONE_CPU = Environment()
@@ -155,6 +159,12 @@ BAD = {
         "choose one of 1, 2, 4, 8, 16, 32, 64",
         world(3),
     ),
+    "more tokens ahead than a sequence has": Bad(
+        ("model.num_mtp_layers=2", "data.sequence_length=2"),
+        "model.num_mtp_layers",
+        "2",
+        "choose fewer layers",
+    ),
     "sequence that TP does not divide": Bad(
         ("parallel.tensor_parallel_size=4", "data.sequence_length=126"),
         "parallel.tensor_parallel_size",
@@ -239,6 +249,27 @@ BAD = {
     "file that is no tokenizer": Bad(
         ("data.tokenizer={tmp}/notes.txt",), "data.tokenizer", "notes.txt", "give a .model file"
     ),
+    "folder that holds no tokenizer": Bad(
+        ("data.tokenizer={tmp}/step_00000007",),
+        "data.tokenizer",
+        "step_00000007",
+        "give a folder with tokenizer.json",
+    ),
+    "Hugging Face tokenizer that is not JSON": Bad(
+        ("data.tokenizer={tmp}/broken",),
+        "data.tokenizer",
+        "broken",
+        "give a folder with tokenizer.json",
+    ),
+    "Hugging Face tokenizer that does not end texts": Bad(
+        ("data.tokenizer={tmp}/endless",), "data.tokenizer", "endless", "give a folder"
+    ),
+    "more ids than rows of the embedding": Bad(
+        ("data.tokenizer={tmp}/published", "model.vocab_size=400"),
+        "model.vocab_size",
+        "400",
+        "set model.vocab_size=500",
+    ),
     "dataset too small to hold documents out": Bad(
         ("data.blend=[{path:{tmp}/small,weight:1}]",),
         "data.blend[0].path",
@@ -290,6 +321,18 @@ BAD = {
         "8",
         "take those values",
     ),
+    "checkpoint from before multi-token prediction": Bad(
+        ("checkpoint.load={tmp}/step_00000006", "model.num_mtp_layers=1"),
+        "model.num_mtp_layers",
+        "1",
+        "take those values",
+    ),
+    "checkpoint with multi-token prediction": Bad(
+        ("checkpoint.load={tmp}/step_00000008",),
+        "model.num_mtp_layers",
+        "0",
+        "to-megatron --mtp drop",
+    ),
     "kept steps that are never saved": Bad(
         ("checkpoint.keep_every=70",), "checkpoint.keep_every", "70", "choose a multiple"
     ),
@@ -316,8 +359,21 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of Hugging Face's files: a good one, one without an end of text, and a broken one."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for name in ("published", "endless"):
+        save_byte_level_tokenizer(folder / name, [str(BAD)], 500)
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        (folder / "endless" / file).unlink()
+    (folder / "broken").mkdir()
+    (folder / "broken" / "tokenizer.json").write_text("{")
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, tokenizers: Path) -> Path:
     """A folder with a text file and a checkpoint's settings."""
     for suffix in ("txt", "bin", "idx"):
         (tmp_path / f"notes.{suffix}").write_text("neither tokenizer nor dataset " * 3)
@@ -328,9 +384,13 @@ def folder(tmp_path: Path) -> Path:
         builder.finalize(str(tmp_path / f"{name}.idx"))
     with (tmp_path / "short.bin").open("ab") as file:
         file.truncate(100)
-    checkpoint = tmp_path / "step_00000007"
-    checkpoint.mkdir()
-    write_settings(checkpoint, load_settings([], ONE_CPU))
+    shutil.copytree(tokenizers, tmp_path, dirs_exist_ok=True)
+    for step, overrides in {6: [], 7: [], 8: ["model.num_mtp_layers=1"]}.items():
+        checkpoint = tmp_path / f"step_{step:08d}"
+        checkpoint.mkdir()
+        write_settings(checkpoint, load_settings(overrides, ONE_CPU))
+    oldest = tmp_path / "step_00000006" / SETTINGS_FILE
+    oldest.write_text(re.sub(r"  \w*mtp\w*: .*\n", "", oldest.read_text()))
     return tmp_path
 
 
