@@ -60,9 +60,10 @@ def prepare_device(settings: Settings, environment: Environment) -> Device:
 
 
 def quiet_libraries() -> None:
-    """Silence warnings that no user of this project can act on: about megatron-core's own code."""
+    """Silence warnings that no user of this project can act on: about megatron-core's code and torch's."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
+    warnings.filterwarnings("ignore", message="Please use DTensor instead")
     warnings.filterwarnings("ignore", message=".*pynvml package is deprecated.*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)

@@ -31,12 +31,13 @@ def initialize_weights(
         seed: `seed` of the settings.
     """
     for entry in sharded_state_dict.values():
-        for shard in _shards(entry):
+        for shard in shards(entry):
             if shard.data is not None and len(shard.local_shape) >= 2:
                 _fill(shard, model, seed)
 
 
-def _shards(entry: object) -> list[ShardedTensor]:
+def shards(entry: object) -> list[ShardedTensor]:
+    """The sharded tensors in one entry of a sharded state dict; none in anything else."""
     if isinstance(entry, ShardedTensorFactory):
         parts = entry.build()
         return list(parts.values()) if isinstance(parts, dict) else list(parts)

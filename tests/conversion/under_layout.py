@@ -1,0 +1,88 @@
+"""Loads converted checkpoints under a layout.
+
+Arguments: JSON list of cases, then settings such as parallel.tensor_parallel_size=2. A case names
+a checkpoint, and either `logits`, a file to write the logits of its `tokens` to, or `save`, a
+folder to write the weights to as this layout holds them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_kanana import device
+from megatron_kanana.config import detect_environment, read_settings, saved_settings
+
+
+def run(case: dict[str, str], overrides: list[str]) -> None:
+    """One case, on every process."""
+    environment = detect_environment()
+    common = ["device=cpu", "schedule.global_batch_size=4", "schedule.micro_batch_size=1"]
+    checkpoint = Path(case["checkpoint"])
+    settings = saved_settings(read_settings(checkpoint), [*common, *overrides], environment)
+    where = device.prepare_device(settings, environment)
+    if not dist.is_initialized():
+        device.initialize_process_groups(settings, where)
+
+    from megatron_kanana.checkpoint.state import load_model, model_state
+    from megatron_kanana.model.builder import build_model
+    from megatron_kanana.model.megatron_config import transformer_config
+
+    chunks = build_model(settings, transformer_config(settings, where), where, "torch")
+    load_model(chunks, checkpoint)
+    if "logits" in case:
+        result = logits(chunks[0], torch.load(case["tokens"]))
+        if result is not None and dist.get_rank() == dist.get_world_size() - 1:
+            torch.save(result, case["logits"])
+    if "save" in case:
+        from megatron.core import dist_checkpointing
+
+        folder = Path(case["save"])
+        if dist.get_rank() == 0:
+            folder.mkdir()
+            for name in ("settings.yaml", "tokenizer.model"):
+                if (checkpoint / name).is_file():
+                    shutil.copyfile(checkpoint / name, folder / name)
+        dist.barrier()
+        dist_checkpointing.save(model_state(chunks), str(folder))
+
+
+def logits(chunk: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor | None:
+    """[batch, sequence, vocabulary] on the last pipeline stage, None on the others."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    def collect(output: torch.Tensor, *, non_loss_data: bool) -> Any:
+        assert non_loss_data
+        return gather_from_tensor_model_parallel_region(output.float())
+
+    def step(_: Any, model: Any) -> Any:
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return model(tokens, positions, None), partial(collect)
+
+    chunk.eval()
+    with torch.no_grad():
+        results = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=None,
+            model=chunk,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return results[0] if results else None
+
+
+if __name__ == "__main__":
+    for one in json.loads(sys.argv[1]):
+        run(one, sys.argv[2:])
+    device.destroy_process_groups()
