@@ -9,7 +9,7 @@ import torch
 
 from megatron_kanana import device
 from megatron_kanana.config import Environment, load_settings
-from tests.model.shipped import shipped_model
+from megatron_kanana.config.shipped import shipped_model
 
 
 def main(names: list[str]) -> None:

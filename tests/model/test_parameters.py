@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_kanana.config.shipped import shipped_model
 from megatron_kanana.planning import count_parameters
 from tests.launch import run_python
-from tests.model.shipped import shipped_model
 
 # total and active; the proxies' published sizes are rounded, and their convention is not known
 PUBLISHED = {

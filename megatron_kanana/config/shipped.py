@@ -5,10 +5,10 @@ from __future__ import annotations
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from megatron_kanana.config.compose import CONFIG_DIR
-from megatron_kanana.config.fields import build
-from megatron_kanana.config.problems import Problem
-from megatron_kanana.config.schema import ModelSettings
+from .compose import CONFIG_DIR
+from .fields import build
+from .problems import Problem
+from .schema import ModelSettings
 
 
 def shipped_model(name: str, *overrides: str) -> ModelSettings:
