@@ -140,11 +140,28 @@ class PrecisionSettings:
     reduce_gradients_in_fp32: bool = setting(True, help="accumulate and reduce gradients in fp32")
 
 
+PARAMETER_KINDS = (
+    "query",
+    "query_down",
+    "query_up",
+    "key_value_down",
+    "key_value_up",
+    "attention_output",
+    "gate_up",
+    "down",
+    "mtp_projection",
+    "router",
+    "embedding",
+    "output_layer",
+)
+"""Kinds of weights in the table of `optimizer/logical_matrices.py`."""
+
+
 @dataclass(kw_only=True)
 class OptimizerSettings:
-    """AdamW, sharded over data-parallel processes."""
+    """AdamW, or Muon for matrices and AdamW for the rest; and QK-Clip."""
 
-    name: str = setting("adamw", help="optimizer", choices=("adamw",))
+    name: str = setting("adamw", help="optimizer", choices=("adamw", "muon"))
     learning_rate: float = setting(help="peak learning rate", above=0.0)
     beta1: float = setting(0.9, help="decay of the first moment", minimum=0.0, maximum=0.9999)
     beta2: float = setting(0.95, help="decay of the second moment", minimum=0.0, maximum=0.99999)
@@ -155,6 +172,41 @@ class OptimizerSettings:
     )
     gradient_clip_norm: float = setting(
         1.0, help="largest global gradient norm; 0 does not clip", minimum=0.0
+    )
+    momentum: float = setting(
+        0.95, help="Muon: decay of the Nesterov momentum", minimum=0.0, maximum=0.9999
+    )
+    orthogonalization: str = setting(
+        "polar_express",
+        help="Muon: how the momentum is made orthogonal",
+        choices=("newton_schulz", "polar_express"),
+    )
+    orthogonalization_steps: int = setting(5, help="Muon: iterations of it", minimum=1)
+    update_scale: str = setting(
+        "match_adamw",
+        help="Muon: factor on the orthogonal update of a matrix: match_adamw 0.2 sqrt(max(rows,"
+        " columns)), jordan sqrt(max(1, rows / columns)), spectral sqrt(rows / columns)",
+        choices=("match_adamw", "jordan", "spectral"),
+    )
+    muon_kinds: list[str] = setting(
+        [], help="Muon: weights it updates beside its usual ones", choices=PARAMETER_KINDS
+    )
+    adamw_kinds: list[str] = setting(
+        [], help="Muon: weights it leaves to AdamW beside the usual ones", choices=PARAMETER_KINDS
+    )
+    per_head: list[str] = setting(
+        [],
+        help="Muon: projections of which each head's rows are one matrix, not all heads' together",
+        choices=("query", "key", "value"),
+    )
+    adamw_learning_rate_factor: float = setting(
+        1.0, help="Muon: learning rate of what AdamW updates, over Muon's", above=0.0
+    )
+    qk_clip_threshold: float | None = setting(
+        None,
+        help="QK-Clip (arXiv 2507.20534): after a step, heads whose largest attention logit was"
+        " above this are scaled down to it; null only watches",
+        above=0.0,
     )
 
 
@@ -168,7 +220,9 @@ class ScheduleSettings:
     warmup_steps: int = setting(0, help="steps of linear warm-up from zero", minimum=0)
     decay_steps: int = setting(0, help="last steps, over which the rate decays", minimum=0)
     decay_style: str = setting(
-        "linear", help="shape of the decay", choices=("linear", "cosine", "exponential")
+        "linear",
+        help="shape of the decay; minus_sqrt is 1 - sqrt(part of it done) (arXiv 2405.18392)",
+        choices=("linear", "cosine", "exponential", "minus_sqrt"),
     )
     minimum_learning_rate: float = setting(
         0.0, help="learning rate at the end of the decay", minimum=0.0

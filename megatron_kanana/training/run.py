@@ -21,11 +21,8 @@ from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import choose_backend
 from megatron_kanana.model.builder import build_model
 from megatron_kanana.model.megatron_config import transformer_config
-from megatron_kanana.optimizer.adamw import (
-    build_optimizer,
-    build_scheduler,
-    wrap_data_parallel,
-)
+from megatron_kanana.optimizer.build import build_optimizer, wrap_data_parallel
+from megatron_kanana.optimizer.schedule import build_scheduler
 
 from .metrics import ExpertLoadRecorder
 

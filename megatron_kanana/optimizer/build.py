@@ -1,4 +1,4 @@
-"""AdamW in megatron-core's distributed optimizer, and the learning-rate schedule."""
+"""megatron-core's data parallelism and distributed optimizer, set up from the settings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
+
+from .muon_with_adamw import give_matrices_to_muon
+from .parameter_groups import parameter_group_overrides
 
 
 def wrap_data_parallel(
@@ -35,7 +37,11 @@ def wrap_data_parallel(
 def build_optimizer(
     chunks: list[DistributedDataParallel], settings: Settings, device: Device
 ) -> Any:
-    """AdamW over all parameters; weight decay on matrices, and on norms if asked for."""
+    """AdamW over all parameters, or Muon over the matrices and AdamW over the rest.
+
+    Raises:
+        UnknownParameterError: with Muon, for parameters the table of logical matrices lacks.
+    """
     optimizer = settings.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -50,28 +56,8 @@ def build_optimizer(
         params_dtype=device.dtype,
         use_distributed_optimizer=True,
     )
-    # Without overrides megatron-core spares vectors; with an empty set of them it spares nothing.
-    overrides: dict[Any, Any] | None = {} if optimizer.decay_norms else None
-    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
-
-
-def build_scheduler(optimizer: Any, settings: Settings) -> OptimizerParamScheduler:
-    """Linear warm-up from zero, stable, decay (WSD); one scheduler step a training step."""
-    schedule = settings.schedule
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.optimizer.learning_rate,
-        min_lr=schedule.minimum_learning_rate,
-        lr_warmup_steps=schedule.warmup_steps,
-        lr_decay_steps=schedule.steps,
-        lr_decay_style="WSD",
-        wsd_decay_steps=schedule.decay_steps,
-        lr_wsd_decay_style=schedule.decay_style,
-        start_wd=settings.optimizer.weight_decay,
-        end_wd=settings.optimizer.weight_decay,
-        wd_incr_steps=schedule.steps,
-        wd_incr_style="constant",
-        override_opt_param_scheduler=True,
-        use_checkpoint_opt_param_scheduler=False,
-    )
+    overrides = parameter_group_overrides(config, settings)
+    result = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    if optimizer.name == "muon":
+        give_matrices_to_muon(result, settings)
+    return result
