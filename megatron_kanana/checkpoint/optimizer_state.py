@@ -1,84 +1,70 @@
 """The optimizer's part of a checkpoint, in a form that no layout changes.
 
-megatron-core makes one optimizer, or a dense and an expert one, depending on the layout, and nests
-its state accordingly. Here only the tensors (stored parameter by parameter) and the number of
-steps are kept; learning rates and other hyperparameters come from the settings of the run.
+For each parameter its fp32 weight and its state, as tensors of the parameter's shape under the
+keys that megatron-core's fully reshardable checkpoints have; and the number of updates. Learning
+rates and other hyperparameters come from the settings of the run.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
+from megatron_kanana.optimizer.whole_state import Entry, gather_state, owned_entries, scatter_state
 
-Parts = list[dict[str, Any]]
-"""megatron-core's sharded state dict of each optimizer in the chain."""
+Sharded: TypeAlias = "ShardedTensor | ShardedTensorFactory"
 
 
-def sharded_parts(optimizer: Any, model: dict[str, Any], *, is_loading: bool) -> Parts:
-    """State of each optimizer in the chain.
+def to_save(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
+    """What this process saves of the optimizer's state; every process must call this.
 
     Args:
         optimizer: megatron-core's optimizer.
         model: sharded state dicts of the model chunks, which name the parameters.
-        is_loading: whether the tensors are places to load into.
     """
-    if is_loading:
-        _allocate(optimizer)
-    state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
-    return [state] if "param_state" in state else [state[key] for key in sorted(state)]
+    parameters = owned_entries(optimizer)
+    of_parameter = _by_parameter(model)
+    return {
+        entry: _sharded(entry, tensor, of_parameter[parameters[entry]])
+        for entry, tensor in gather_state(optimizer).items()
+    }
 
 
-def tensors(parts: Parts) -> dict[int, Any]:
-    """What is stored: the tensors alone."""
-    return {index: part["param_state"] for index, part in enumerate(parts)}
+def to_load(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
+    """Places for what this process loads, on the CPU."""
+    of_parameter = _by_parameter(model)
+    return {
+        entry: _sharded(entry, torch.empty(parameter.shape), of_parameter[parameter])
+        for entry, parameter in owned_entries(optimizer).items()
+    }
 
 
-def step_count(parts: Parts) -> int:
-    """Updates the optimizer has made."""
-    return int(parts[0]["optimizer"]["param_groups"][0]["step"])
+def load(optimizer: Any, loaded: Mapping[Entry, torch.Tensor], steps: int) -> None:
+    """Put loaded tensors and the number of updates back; every process must call this."""
+    scatter_state(optimizer, loaded, steps)
 
 
-def load(optimizer: Any, parts: Parts, loaded: dict[int, Any], steps: int) -> None:
-    """Put loaded tensors and the number of steps back."""
-    for index, (member, part) in enumerate(zip(_members(optimizer), parts, strict=True)):
-        if isinstance(member.optimizer, torch.optim.Adam):
-            _load_into_torch_adam(member, loaded[index], steps)
-            continue
-        for group in part["optimizer"]["param_groups"]:
-            group["step"] = steps
-        member.load_state_dict({**part, "param_state": loaded[index]})
+def _by_parameter(model: Mapping[str, Any]) -> dict[torch.Tensor, Sharded]:
+    return {
+        sharded.data: sharded
+        for chunk in model.values()
+        for sharded in chunk.values()
+        if isinstance(sharded, (ShardedTensor, ShardedTensorFactory))
+    }
 
 
-def _members(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _allocate(optimizer: Any) -> None:
-    """Give torch's Adam its state before the first step; megatron-core reads `step` from it."""
-    for member in _members(optimizer):
-        if isinstance(member.optimizer, torch.optim.Adam):
-            for parameter in _parameters(member):
-                member.optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _load_into_torch_adam(member: Any, param_state: dict[int, Any], steps: int) -> None:
-    # megatron-core stores no `step` tensors but looks for them when it loads, so they stand aside.
-    for parameter in _parameters(member):
-        del member.optimizer.state[parameter]["step"]
-    member.load_parameter_state_from_fully_reshardable(param_state)
-    for parameter in _parameters(member):
-        member.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
-
-
-def _parameters(member: Any) -> list[torch.Tensor]:
-    return [parameter for group in member.optimizer.param_groups for parameter in group["params"]]
+def _sharded(entry: Entry, tensor: torch.Tensor, weight: Sharded) -> Sharded:
+    """`tensor` described as the part of a whole one that the model's weight is."""
+    changes: dict[str, Any] = {
+        "key": f"optimizer.state.{entry.state}.{weight.key}",
+        "data": tensor,
+        # Of the data-parallel processes only the owner describes it.
+        "replica_id": (*weight.replica_id[:2], 0),
+    }
+    if isinstance(weight, ShardedTensor):
+        changes["dtype"] = tensor.dtype
+    return replace(weight, **changes)

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
 from megatron_kanana.config import Settings
+from megatron_kanana.optimizer.whole_state import step_count
 
 from . import optimizer_state
 
@@ -36,11 +37,10 @@ class Run(Protocol):
 def saved_state(run: Run) -> dict[str, Any]:
     """The run's state as megatron-core's sharded state dict, to be saved."""
     model = model_state(run.chunks)
-    optimizer_parts = optimizer_state.sharded_parts(run.optimizer, model, is_loading=False)
     return {
         **model,
-        "optimizer": optimizer_state.tensors(optimizer_parts),
-        "optimizer_step": optimizer_state.step_count(optimizer_parts),
+        "optimizer": optimizer_state.to_save(run.optimizer, model),
+        "optimizer_step": step_count(run.optimizer),
         "scheduler": run.scheduler.state_dict(),
         "random": _sharded_random_state(),
         "step": run.step,
@@ -53,16 +53,13 @@ def load(run: Run, path: Path) -> None:
     """Restore model, optimizer, schedule, position and, under an unchanged layout, random state."""
     saved_layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
     model = model_state(run.chunks)
-    optimizer_parts = optimizer_state.sharded_parts(run.optimizer, model, is_loading=True)
-    wanted = {**model, "optimizer": optimizer_state.tensors(optimizer_parts)}
+    wanted = {**model, "optimizer": optimizer_state.to_load(run.optimizer, model)}
     same_layout = saved_layout == _layout(run.settings)
     if same_layout:
         wanted["random"] = _sharded_random_state()
     state = dist_checkpointing.load(wanted, str(path))
     _load_model(run.chunks, state)
-    optimizer_state.load(
-        run.optimizer, optimizer_parts, state["optimizer"], state["optimizer_step"]
-    )
+    optimizer_state.load(run.optimizer, state["optimizer"], state["optimizer_step"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.step = state["step"]
     run.consumed_samples = state["consumed_samples"]
