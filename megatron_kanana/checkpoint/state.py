@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_kanana.config import Settings
 from megatron_kanana.optimizer.whole_state import step_count
@@ -50,8 +51,17 @@ def saved_state(run: Run) -> dict[str, Any]:
 
 
 def load(run: Run, path: Path) -> None:
-    """Restore model, optimizer, schedule, position and, under an unchanged layout, random state."""
-    saved_layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+    """Restore model, optimizer, schedule, position and, under an unchanged layout, random state.
+
+    A checkpoint of weights alone, as conversion makes them, starts a run of its own: the rest
+    stays as it was built.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    if common.get("weights_only"):
+        load_model(run.chunks, path)
+        run.optimizer.reload_model_params()
+        return
+    saved_layout = common["layout"]
     model = model_state(run.chunks)
     wanted = {**model, "optimizer": optimizer_state.to_load(run.optimizer, model)}
     same_layout = saved_layout == _layout(run.settings)
@@ -69,7 +79,21 @@ def load(run: Run, path: Path) -> None:
 
 def load_model(chunks: Sequence[Any], path: Path) -> None:
     """Restore the weights alone."""
-    _load_model(chunks, dist_checkpointing.load(model_state(chunks), str(path)))
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    wanted = {
+        chunk: {name: entry for name, entry in state.items() if not _is_left_out(entry, stored)}
+        for chunk, state in model_state(chunks).items()
+    }
+    _load_model(chunks, dist_checkpointing.load(wanted, str(path)))
+
+
+def _is_left_out(entry: Any, stored: Collection[str]) -> bool:
+    """Whether it is one of the modules' extra states, and not in the checkpoint.
+
+    megatron-core's linear layers save empty ones for Transformer Engine's sake; converted
+    checkpoints have none.
+    """
+    return isinstance(entry, ShardedObject) and entry.unique_key not in stored
 
 
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
@@ -82,7 +106,9 @@ def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
 
 def _load_model(chunks: Sequence[Any], state: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
-        unwrap_model(chunk).load_state_dict(state[f"model{index}"])
+        result = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
 def _sharded_random_state() -> ShardedObject:
