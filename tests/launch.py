@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,14 +58,62 @@ def train(
     output_dir: Path, cache_dir: Path, run_name: str, *overrides: str, processes: int = 1
 ) -> list[dict[str, Any]]:
     """Run the main job on the small test model; the records of its metrics.jsonl."""
+    arguments = _arguments(output_dir, cache_dir, run_name, overrides)
+    finished = run_python("-m", "megatron_kanana.train", *arguments, processes=processes)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return _records(output_dir, run_name)
+
+
+def train_in_turn(
+    output_dir: Path,
+    cache_dir: Path,
+    runs: dict[str, Sequence[str]],
+    *,
+    processes: int = 1,
+    timeout: float = TIMEOUT_SECONDS,
+) -> dict[str, list[dict[str, Any]]]:
+    """As `train`, for several runs one after another in the same processes.
+
+    Starting a process takes longer than a small run. Each run builds everything anew; choose
+    `train` where one could leave something behind for the next.
+
+    Args:
+        runs: overrides by name of the run.
+
+    Returns:
+        records by name of the run.
+    """
+    jobs = [
+        [port, _arguments(output_dir, cache_dir, name, overrides)]
+        for port, (name, overrides) in zip(_free_ports(len(runs)), runs.items(), strict=True)
+    ]
     finished = run_python(
-        *("-m", "megatron_kanana.train", "--config-dir", str(CONFIG_DIR), "experiment=small"),
+        "tests/train_in_turn.py", json.dumps(jobs), processes=processes, timeout=timeout
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return {name: _records(output_dir, name) for name in runs}
+
+
+def _arguments(
+    output_dir: Path, cache_dir: Path, run_name: str, overrides: Sequence[str]
+) -> list[str]:
+    return [
+        *("--config-dir", str(CONFIG_DIR), "experiment=small"),
         f"output_dir={output_dir}",
         f"data.cache_dir={cache_dir}",
         f"run_name={run_name}",
         *overrides,
-        processes=processes,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    ]
+
+
+def _records(output_dir: Path, run_name: str) -> list[dict[str, Any]]:
     lines = (output_dir / run_name / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]

@@ -87,10 +87,11 @@ def _plots(steps: Records, evaluations: Records) -> str:
     figure, grid = plt.subplots(3, 2, figsize=(12, 12), layout="constrained")
     loss, rate, norm, logits, violation, load = grid.flat
     _curve(loss, steps, "loss", "Loss (nats a token)")
+    _mtp_losses(loss, steps)
     if evaluations:
         x = [record["step"] for record in evaluations]
         loss.plot(x, [r["evaluation_loss"] for r in evaluations], "o--", label="held out")
-        loss.legend()
+    loss.legend()
     _curve(rate, steps, "learning_rate", "Learning rate")
     _curve(norm, steps, "grad_norm", "Gradient norm before clipping")
     norm.set_yscale("log")
@@ -108,6 +109,13 @@ def _curve(axes: Axes, steps: Records, name: str, title: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
+
+
+def _mtp_losses(axes: Axes, steps: Records) -> None:
+    predicting = [step for step in steps if step.get("mtp_losses")]
+    by_layer = np.array([step["mtp_losses"] for step in predicting]).T
+    for depth, losses in enumerate(by_layer, 1):
+        axes.plot([s["step"] for s in predicting], losses, label=f"training, {depth} further on")
 
 
 def _max_logits(axes: Axes, steps: Records) -> None:

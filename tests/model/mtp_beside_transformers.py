@@ -145,11 +145,14 @@ def compare(settings: Settings, where: device.Device) -> dict[str, Any]:
         objective = objective + model.mtp_loss_coefficient / model.num_mtp_layers * further
     objective.backward()
     gradients = {name: value.grad for name, value in ours.named_parameters()}
+    expected_gradients = {
+        name: value.grad for name, value in theirs.named_parameters() if value.grad is not None
+    }
     mapped = reference_names(gradients, model)
     errors = {
-        name: relative_error(mapped[name], parameter.grad)
-        for name, parameter in theirs.named_parameters()
-        if parameter.numel()
+        name: relative_error(mapped[name], gradient)
+        for name, gradient in expected_gradients.items()
+        if gradient.numel()
     }
     measured = torch.stack(losses).detach()
     return {

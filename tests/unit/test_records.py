@@ -90,8 +90,11 @@ def test_losses_of_multi_token_prediction_are_recorded_apart(
     assert events.Scalars("train/mtp_loss_2")[0].value == pytest.approx(9.75)
 
 
-def test_the_report_shows_curves_sample_and_settings(tmp_path: Path) -> None:
-    record(tmp_path, 1, 10)
+@pytest.mark.parametrize("mtp_losses", [(), (9.5, 9.75)])
+def test_the_report_shows_curves_sample_and_settings(
+    mtp_losses: tuple[float, ...], tmp_path: Path
+) -> None:
+    record(tmp_path, 1, 10, mtp_losses=mtp_losses)
     settings = dataclasses.asdict(load_settings([], Environment()))
     path = tmp_path / "report.html"
     records = read_records(tmp_path / "metrics.jsonl")
