@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ def train(
 def train_in_turn(
     output_dir: Path,
     cache_dir: Path,
-    runs: dict[str, Sequence[str]],
+    runs: Mapping[str, Sequence[str]],
     *,
     processes: int = 1,
     timeout: float = TIMEOUT_SECONDS,
