@@ -15,10 +15,10 @@ from megatron_kanana.config.saved import whole_path
 
 from .evaluation import evaluate
 from .generation import generate
-from .metrics import collect_metrics
+from .metrics import StepMetrics, collect_metrics
 from .records import Recorder, read_records
 from .run import Run, training_data
-from .step import train_step
+from .step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,7 @@ def train(run: Run) -> None:
     while run.step < last_step:
         result = train_step(run, iterators)
         if run.step % settings.logging.interval == 0 or run.step == last_step:
-            metrics = collect_metrics(
-                run.chunks, run.config, result.losses, result.mtp_losses, run.expert_loads
-            )
+            metrics = measure(run, result)
             now = time.monotonic()
             if recorder is not None:
                 tokens = schedule.global_batch_size * settings.data.sequence_length
@@ -70,6 +68,21 @@ def train(run: Run) -> None:
         _report(run, recorder)
     if recorder is not None:
         recorder.close()
+
+
+def measure(run: Run, result: StepResult) -> StepMetrics:
+    """Measurements over all processes of the step just done; every process must call this."""
+    if run.qk_clip is None:  # else every step has done so
+        run.attention_logits.reduce()
+    return collect_metrics(
+        run.chunks,
+        run.config,
+        result.losses,
+        result.mtp_losses,
+        run.attention_logits.take(),
+        0 if run.qk_clip is None else run.qk_clip.take_num_clipped(),
+        run.expert_loads,
+    )
 
 
 def _report(run: Run, recorder: Recorder | None) -> None:

@@ -14,8 +14,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_kanana.model.attention import MaxLogitCoreAttention
-
 
 class ExpertLoadRecorder:
     """Keeps each layer's tokens per expert, which megatron-core clears with every step.
@@ -47,12 +45,14 @@ class StepMetrics:
         expert_loads: tokens each expert received, [num_experts] by layer number from 1.
         mtp_losses: the same mean for each multi-token prediction layer. In the other fields these
             layers come after the model's own.
+        num_clipped: times a head was scaled down by QK-Clip since the last measured step.
     """
 
     loss: float
     max_logits: list[float]
     expert_loads: dict[int, list[float]]
     mtp_losses: list[float] = field(default_factory=list)
+    num_clipped: int = 0
 
     @property
     def max_logit(self) -> float:
@@ -82,37 +82,36 @@ def collect_metrics(
     config: MLATransformerConfig,
     losses: list[torch.Tensor],
     mtp_losses: torch.Tensor | None,
+    max_logits: list[float],
+    num_clipped: int,
     recorder: ExpertLoadRecorder,
 ) -> StepMetrics:
-    """Combine the processes' measurements; two collectives, on every process.
+    """Combine the processes' measurements; one collective, on every process.
 
-    Running maxima of the attention modules are taken, so that the next step starts anew.
+    Args:
+        max_logits, num_clipped: the same on every process already.
+        The others are this process's.
     """
     num_mtp_layers, num_experts = config.mtp_num_layers or 0, config.num_moe_experts
     num_layers = config.num_layers + num_mtp_layers
     has_experts = [*config.moe_layer_freq, *[1] * num_mtp_layers]
     device = next(chunks[0].parameters()).device
-    max_logits = torch.full((num_layers,), float("-inf"), device=device)
-    for chunk in chunks:
-        for attention in _modules(chunk, MaxLogitCoreAttention):
-            if (heads := attention.take_max_logits()) is not None:
-                max_logits[attention.layer_number - 1] = heads.max()
     sums = torch.zeros(num_layers, num_experts + 1, dtype=torch.float64, device=device)
     for layer, load in recorder.loads.items():
         sums[layer - 1, :num_experts] = load
     sums[0, -1] = local_loss_share(losses)
     if mtp_losses is not None:
         sums[1 : num_mtp_layers + 1, -1] = local_share(mtp_losses)
-    dist.all_reduce(max_logits, op=dist.ReduceOp.MAX)
     dist.all_reduce(sums)
     loads = sums[:, :num_experts].tolist()
     return StepMetrics(
         loss=float(sums[0, -1]),
-        max_logits=max_logits.tolist(),
+        max_logits=max_logits,
         expert_loads={
             layer: loads[layer - 1] for layer in range(1, num_layers + 1) if has_experts[layer - 1]
         },
         mtp_losses=sums[1 : num_mtp_layers + 1, -1].tolist(),
+        num_clipped=num_clipped,
     )
 
 
@@ -125,7 +124,8 @@ def local_share(means: torch.Tensor) -> torch.Tensor:
     """This process's part of means over data-parallel processes, equal on tensor-parallel ones."""
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return torch.zeros_like(means)
-    return means / parallel_state.get_data_parallel_world_size()
+    data_parallel_size: int = parallel_state.get_data_parallel_world_size()
+    return means / data_parallel_size
 
 
 def _modules(chunk: Any, kind: type) -> Iterator[Any]:

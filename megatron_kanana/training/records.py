@@ -67,6 +67,7 @@ class Recorder:
             "tokens_per_second": tokens_per_second,
             "max_attention_logit": metrics.max_logit,
             "max_violation": metrics.mean_max_violation,
+            "clipped_heads": metrics.num_clipped,
         }
         self._write(
             {

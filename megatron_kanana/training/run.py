@@ -22,8 +22,10 @@ from megatron_kanana.kernels.backend import choose_backend
 from megatron_kanana.model.builder import build_model
 from megatron_kanana.model.megatron_config import transformer_config
 from megatron_kanana.optimizer.build import build_optimizer, wrap_data_parallel
+from megatron_kanana.optimizer.qk_clip import QKClip
 from megatron_kanana.optimizer.schedule import build_scheduler
 
+from .attention_logits import AttentionLogits
 from .metrics import ExpertLoadRecorder
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class Run(Model):
 
     Attributes:
         expert_loads: remembers each step's tokens per expert.
+        attention_logits: brings the largest attention logits together.
+        qk_clip: scales attention heads down after a step; None only watches their logits.
         step: optimizer steps done.
         consumed_samples: sequences the steps have used, over all processes.
     """
@@ -60,6 +64,8 @@ class Run(Model):
     optimizer: Any
     scheduler: Any
     expert_loads: ExpertLoadRecorder
+    attention_logits: AttentionLogits
+    qk_clip: QKClip | None
     step: int = 0
     consumed_samples: int = 0
 
@@ -92,6 +98,8 @@ def build_run(settings: Settings, device: Device) -> Run:
     config = model.config
     chunks = wrap_data_parallel(model.chunks, settings)
     optimizer = build_optimizer(chunks, settings, device)
+    threshold = settings.optimizer.qk_clip_threshold
+    qk_clip = None if threshold is None else QKClip(optimizer, chunks, settings.model, threshold)
     expert_loads = ExpertLoadRecorder()
     config.finalize_model_grads_func = expert_loads.finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -107,6 +115,8 @@ def build_run(settings: Settings, device: Device) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, settings),
         expert_loads=expert_loads,
+        attention_logits=AttentionLogits(chunks, config),
+        qk_clip=qk_clip,
     )
 
 

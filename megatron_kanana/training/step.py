@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ class StepResult:
         losses: mean loss of each microbatch; empty on processes without the output layer.
         mtp_losses: fp32 [num_mtp_layers], mean over the microbatches of each multi-token
             prediction layer's loss; None where `losses` is empty and without such layers.
-        grad_norm: global norm of the gradients before clipping.
+        grad_norm: global norm of the gradients before clipping; not a number for a skipped step.
         applied: whether the weights were updated.
     """
 
@@ -44,12 +45,16 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
     run.optimizer.zero_grad()
     losses = run_schedule(run, iterators, run.num_microbatches, forward_only=False)
     run.scheduler.step(increment=1)
+    if run.qk_clip is not None:
+        run.qk_clip.max_logits = run.attention_logits.reduce()
     applied, grad_norm, _ = run.optimizer.step()
     clear_aux_losses_tracker()
     run.step += 1
     run.consumed_samples += run.settings.schedule.global_batch_size
     mtp_losses = take_mtp_losses(run.num_microbatches)
-    return StepResult(losses, mtp_losses, float(grad_norm), bool(applied))
+    return StepResult(
+        losses, mtp_losses, math.nan if grad_norm is None else float(grad_norm), bool(applied)
+    )
 
 
 def run_schedule(
