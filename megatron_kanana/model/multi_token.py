@@ -30,10 +30,11 @@ class MultiTokenGPTModel(GPTModel):
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         **options: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """As GPTModel's; `loss_mask` is [batch, sequence], one where a label counts.
 
-        A microbatch without any label for the last layer teaches the layers nothing.
+        A microbatch without any label for the last layer teaches the layers nothing; the losses
+        reported for it are means over all its tokens.
         """
         if not self.mtp_process:
             return super().forward(*inputs, labels=labels, **options)
@@ -57,7 +58,7 @@ class MultiTokenGPTModel(GPTModel):
         prefix: str = "",
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
+    ) -> Any:
         """As GPTModel's, which looks for a process group in `metadata` even without metadata."""
         return super().sharded_state_dict(
             prefix, sharded_offsets, ensure_metadata_has_dp_cp_group(metadata)
