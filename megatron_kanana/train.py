@@ -13,12 +13,9 @@ import argparse
 import dataclasses
 import logging
 import sys
-import time
 
-from megatron_kanana.config import ConfigurationError, detect_environment, load_settings
+from megatron_kanana.config import ConfigurationError, detect_environment, load_settings, tell
 from megatron_kanana.config.help import settings_help
-
-EXIT_BAD_CONFIGURATION = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,11 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_settings(options.overrides, environment, options.config_dir)
     except ConfigurationError as error:
-        if environment.rank == 0:
-            print(error, file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # the launcher stops every process with the first: let rank 0 speak
-        return EXIT_BAD_CONFIGURATION
+        return tell(error, environment.rank)
     if options.print_config:
         import yaml
 

@@ -2,7 +2,7 @@
 
 from .compose import load_settings, saved_settings
 from .environment import Environment, detect_environment, resolve_device, resolve_precision
-from .problems import ConfigurationError, Problem
+from .problems import ConfigurationError, Problem, tell
 from .saved import (
     checkpoint_to_start_from,
     checkpoint_tokenizer,
@@ -24,5 +24,6 @@ __all__ = [
     "resolve_device",
     "resolve_precision",
     "saved_settings",
+    "tell",
     "write_settings",
 ]

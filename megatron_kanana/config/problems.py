@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,3 +38,15 @@ class ConfigurationError(Exception):
         noun = "problem" if count == 1 else "problems"
         header = f"The configuration has {count} {noun}; nothing was started."
         super().__init__("\n\n".join([header, *map(str, self.problems)]))
+
+
+def tell(error: Exception, rank: int) -> int:
+    """Say on the first process what is wrong; returns the exit code for it, 2.
+
+    The others wait a little: a launcher stops every process with the first that ends.
+    """
+    if rank == 0:
+        print(error, file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)
+    return 2

@@ -1,6 +1,7 @@
 """Causal attention that also returns each head's largest logit, which QK-Clip needs.
 
-Shape suffixes: S sequence, B batch, N heads, H query-key width, V value width, M = B*N matrices.
+Shape suffixes: S sequence, T keys where they are more than the queries, B batch, N heads,
+H query-key width, V value width, M = B*N matrices.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ def causal_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(scale * Q K^T + causal mask) V, and each head's largest visible scale * Q K^T.
 
+    With more keys than queries, as when a text is continued from a cache, the queries are the last
+    positions. All backends then take the plain implementation: such calls have few queries.
+
     Args:
         query_SBNH, key_SBNH: [sequence, batch, heads, query-key width], any float dtype.
         value_SBNV: [sequence, batch, heads, value width]; the widths may differ.
@@ -35,25 +39,28 @@ def causal_attention(
         the output [sequence, batch, heads, value width] in the dtype of `value_SBNV`, and the
         maxima over batch, query and visible key, [heads] in fp32 without gradient, or None.
     """
-    implementation = {"torch": _torch_attention, "csrc": _csrc_attention, "sdpa": _sdpa_attention}
-    return implementation[backend](query_SBNH, key_SBNH, value_SBNV, softmax_scale, with_max_logits)
+    implementations = {"torch": _torch_attention, "csrc": _csrc_attention, "sdpa": _sdpa_attention}
+    implementation = implementations[backend]
+    if query_SBNH.shape[0] != key_SBNH.shape[0]:
+        implementation = _torch_attention
+    return implementation(query_SBNH, key_SBNH, value_SBNV, softmax_scale, with_max_logits)
 
 
 def _torch_attention(
     query_SBNH: torch.Tensor,
-    key_SBNH: torch.Tensor,
-    value_SBNV: torch.Tensor,
+    key_TBNH: torch.Tensor,
+    value_TBNV: torch.Tensor,
     softmax_scale: float,
     with_max_logits: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    length = query_SBNH.shape[0]
-    query_BNSH, key_BNSH = query_SBNH.permute(1, 2, 0, 3), key_SBNH.permute(1, 2, 0, 3)
-    logits_BNSS = torch.matmul(query_BNSH.float(), key_BNSH.float().mT) * softmax_scale
-    hidden = torch.ones(length, length, dtype=torch.bool, device=query_SBNH.device).triu(1)
-    logits_BNSS = logits_BNSS.masked_fill(hidden, float("-inf"))
-    max_logits_N = logits_BNSS.detach().amax(dim=(0, 2, 3)) if with_max_logits else None
-    value_BNSV = value_SBNV.permute(1, 2, 0, 3)
-    out_BNSV = torch.matmul(logits_BNSS.softmax(-1), value_BNSV.float()).to(value_SBNV.dtype)
+    queries, keys = query_SBNH.shape[0], key_TBNH.shape[0]
+    query_BNSH, key_BNTH = query_SBNH.permute(1, 2, 0, 3), key_TBNH.permute(1, 2, 0, 3)
+    logits_BNST = torch.matmul(query_BNSH.float(), key_BNTH.float().mT) * softmax_scale
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=query_SBNH.device)
+    logits_BNST = logits_BNST.masked_fill(hidden.triu(1 + keys - queries), float("-inf"))
+    max_logits_N = logits_BNST.detach().amax(dim=(0, 2, 3)) if with_max_logits else None
+    value_BNTV = value_TBNV.permute(1, 2, 0, 3)
+    out_BNSV = torch.matmul(logits_BNST.softmax(-1), value_BNTV.float()).to(value_TBNV.dtype)
     return out_BNSV.permute(2, 0, 1, 3), max_logits_N
 
 

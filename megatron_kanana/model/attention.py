@@ -46,7 +46,10 @@ class MaxLogitCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """[sequence, batch, heads, width] each -> [sequence, batch, heads * value width]."""
+        """[sequence, batch, heads, width] each -> [sequence, batch, heads * value width].
+
+        Keys and values may be more than the queries, which then are the last positions.
+        """
         out, max_logits = causal_attention(
             query,
             key,

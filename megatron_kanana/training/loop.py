@@ -18,6 +18,7 @@ from .generation import generate
 from .metrics import StepMetrics, collect_metrics
 from .records import Recorder, read_records
 from .run import Run, training_data
+from .sampling import Sampling
 from .step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,11 @@ def measure(run: Run, result: StepResult) -> StepMetrics:
 
 def _report(run: Run, recorder: Recorder | None) -> None:
     settings = run.settings
-    sample = generate(run, settings.logging.sample_prompt, settings.logging.sample_tokens)
+    tokenizer = run.tokenizer
+    prompt = tokenizer.encode_prompt(settings.logging.sample_prompt) or [tokenizer.eod]
+    prompt = prompt[: settings.data.sequence_length - 1]
+    continuation = generate(run, prompt, settings.logging.sample_tokens, Sampling())
+    sample = tokenizer.decode([*prompt, *continuation.tokens])
     if recorder is None:
         return
     from .report import write_report  # with matplotlib, which most processes never need

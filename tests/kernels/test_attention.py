@@ -101,6 +101,18 @@ def test_keys_after_a_query_do_not_change_its_output(backend: str) -> None:
     assert not torch.equal(before[12:], after[12:])
 
 
+@pytest.mark.parametrize("backend", ["torch", "csrc", "sdpa"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_fewer_queries_are_the_last_positions(backend: str, queries: int) -> None:
+    query, key, value, _ = random_inputs((23, 2, 3, 16, 8), torch.float32, "cpu", seed=6)
+    exact, _ = float64_attention(query.double(), key.double(), value.double(), 0.25)
+    out, maxima = causal_attention(
+        query[-queries:], key, value, 0.25, backend=backend, with_max_logits=False
+    )
+    assert maxima is None
+    torch.testing.assert_close(out.double(), exact[-queries:], rtol=0, atol=5e-6)
+
+
 def test_native_operations_refuse_wrong_shapes_and_dtypes() -> None:
     assert native_library_error() is None
     softmax = torch.ops.megatron_kanana.causal_softmax_
