@@ -1,0 +1,130 @@
+"""Generate with a cache, recompute without one, and predict a text, in any layout.
+
+Arguments: CHECKPOINT TEXT OUTPUT [setting=value ...]
+
+Writes what it found to OUTPUT, an .npz file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_kanana import device
+from megatron_kanana.config import detect_environment
+from megatron_kanana.config.checkpoint_settings import checkpoint_settings
+from megatron_kanana.data.held_out import read_held_out
+
+PROMPT_LENGTHS = (1, 2, 37, 600)
+NEW_TOKENS = 7
+CONTEXT, WINDOW = 620, 62
+
+
+def main(checkpoint: Path, text: Path, output: Path, overrides: list[str]) -> None:
+    """Everything the tests want to know, in one start of the processes."""
+    environment = detect_environment()
+    settings = checkpoint_settings(
+        checkpoint, [f"data.sequence_length={CONTEXT}", "device=cpu", *overrides], environment
+    )
+    where = device.prepare_device(settings, environment)
+    device.initialize_process_groups(settings, where)
+
+    from megatron_kanana.checkpoint.state import load_model
+    from megatron_kanana.training.generation import generate
+    from megatron_kanana.training.perplexity import held_out_loss
+    from megatron_kanana.training.run import build_bare_model
+    from megatron_kanana.training.sampling import Sampling
+
+    model = build_bare_model(settings, where)
+    load_model(model.chunks, checkpoint)
+    before = buffers(model)
+    found: dict[str, Any] = {}
+    for length in PROMPT_LENGTHS:
+        prompt = np.random.default_rng(length).integers(3, 2048, length).tolist()
+        greedy = generate(model, prompt, NEW_TOKENS, Sampling(temperature=0)).tokens
+        found[f"greedy {length}"] = greedy
+        found[f"cached {length}"] = cached_logits(model, prompt, greedy)
+        found[f"recomputed {length}"] = full_logits(model, [*prompt, *greedy])[length - 1 :]
+        sampling = Sampling(temperature=1.0, top_p=0.9, seed=length)
+        found[f"sampled {length}"] = generate(model, prompt, NEW_TOKENS, sampling).tokens
+    held_out = read_held_out(text, model.tokenizer, WINDOW)
+    loss = held_out_loss(model, held_out)
+    found["loss"] = [loss.nats, loss.predicted, loss.loss, loss.bits_per_byte]
+    if environment.world_size == 1:
+        found["exact"] = exact_nats(model, held_out.windows, held_out.lengths)
+    assert all(torch.equal(a, b) for a, b in zip(before, buffers(model), strict=True))
+    assert not any(maxima(model))
+    if environment.rank == environment.world_size - 1:
+        np.savez(output, **found)
+    device.destroy_process_groups()
+
+
+def cached_logits(model: Any, prompt: list[int], tokens: list[int]) -> Any:
+    """Logits after the prompt and after each token, [tokens + 1, vocabulary], on the last stage."""
+    from megatron_kanana.training.cached_forward import CachedForward
+    from megatron_kanana.training.evaluation import evaluation_mode
+
+    forward = CachedForward(model, len(prompt) + len(tokens))
+    with evaluation_mode(model):
+        logits = [forward.append(new) for new in [prompt, *([token] for token in tokens)]]
+    assert forward.length == len(prompt) + len(tokens)
+    return np.array([row.numpy() for row in logits if row is not None])
+
+
+def full_logits(model: Any, tokens: list[int]) -> Any:
+    """Logits after every token, [tokens, vocabulary], from one forward pass without a cache."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_kanana.training.evaluation import evaluation_mode
+
+    padded = torch.tensor([[*tokens, *[0] * (-len(tokens) % 2)]])
+
+    def forward_step(_: Any, chunk: Any) -> Any:
+        logits = chunk(padded, torch.arange(padded.shape[1])[None], None)
+        return logits, lambda logits, non_loss_data: gather_from_tensor_model_parallel_region(
+            logits
+        )
+
+    with evaluation_mode(model):
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[None] * len(model.chunks) if len(model.chunks) > 1 else None,
+            model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+            num_microbatches=parallel_state.get_pipeline_model_parallel_world_size(),
+            seq_length=padded.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return results[0][0, : len(tokens)].numpy() if results else np.empty((0, 0))
+
+
+def exact_nats(model: Any, windows: Any, lengths: Any) -> float:
+    """Sum of the losses in float64, window by window, from whole logits."""
+    nats = 0.0
+    for window, length in zip(windows, lengths, strict=True):
+        logits = torch.from_numpy(full_logits(model, window.tolist())).double()
+        chosen = logits[: length - 1].log_softmax(-1)
+        nats -= float(chosen[range(length - 1), window[1:length].tolist()].sum())
+    return nats
+
+
+def buffers(model: Any) -> list[torch.Tensor]:
+    """Expert biases and tokens counted an expert."""
+    return [tensor.clone() for chunk in model.chunks for tensor in chunk.buffers()]
+
+
+def maxima(model: Any) -> list[Any]:
+    """What the core attentions have kept."""
+    modules = [module for chunk in model.chunks for module in chunk.modules()]
+    return [module.max_logits for module in modules if hasattr(module, "max_logits")]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
