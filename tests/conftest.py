@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked gpu where there is no CUDA device."""
     if torch.cuda.is_available():
         return
-    # Not left over: machines without a GPU cannot run these, and committed cards hold their results.
+    # Cards hold the results of these; a machine without a GPU cannot repeat them.
     skip = pytest.mark.skip(reason="no CUDA device here; see benchmarks/results for its last run")
     for item in items:
         if "gpu" in item.keywords:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import train
+from tests.launch import train, train_in_turn
 
 FIRST_STEP, STEPS = 4, 5
 TOLERANCE = 1e-5  # relative
@@ -21,6 +21,7 @@ ALLGATHER = "parallel.token_dispatcher=allgather"
 OVERLAP = "parallel.overlap_gradient_reduction=true"
 RECOMPUTE = "parallel.recompute=full"
 
+ONE_PROCESS = "one process"
 LAYOUTS = {
     "TP2": (2, [TENSOR]),
     "PP2": (2, [PIPELINE]),
@@ -46,33 +47,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Pat
     return folder / "start" / "checkpoints" / f"step_{FIRST_STEP:08d}"
 
 
-def go_on(
-    folder: Path, cache_dir: Path, checkpoint: Path, processes: int, overrides: list[str]
-) -> list[dict[str, Any]]:
-    """Records of the steps after the checkpoint."""
-    stop = f"stop_after_step={FIRST_STEP + STEPS}"
-    load = f"checkpoint.load={checkpoint}"
-    return train(folder, cache_dir, "run", load, stop, *overrides, processes=processes)
-
-
 @pytest.fixture(scope="module")
-def one_process(
+def runs(
     tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, checkpoint: Path
-) -> list[dict[str, Any]]:
-    """What one process does from the checkpoint."""
-    return go_on(tmp_path_factory.mktemp("one"), cache_dir, checkpoint, 1, [])
+) -> dict[str, list[dict[str, Any]]]:
+    """Records of the steps after the checkpoint, of one process and of every layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    go_on = (f"stop_after_step={FIRST_STEP + STEPS}", f"checkpoint.load={checkpoint}")
+    layouts = {ONE_PROCESS: (1, []), **LAYOUTS}
+    records: dict[str, list[dict[str, Any]]] = {}
+    for count in sorted({count for count, _ in layouts.values()}):
+        jobs = {
+            name: (*go_on, *overrides)
+            for name, (processes, overrides) in layouts.items()
+            if processes == count
+        }
+        records |= train_in_turn(folder, cache_dir, jobs, processes=count, timeout=240)
+    return records
 
 
+@pytest.mark.timeout(600)  # the first of these waits for all the runs
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradient_norms_are_those_of_one_process(
-    layout: str,
-    tmp_path: Path,
-    cache_dir: Path,
-    checkpoint: Path,
-    one_process: list[dict[str, Any]],
+    layout: str, runs: dict[str, list[dict[str, Any]]]
 ) -> None:
-    processes, overrides = LAYOUTS[layout]
-    records = go_on(tmp_path, cache_dir, checkpoint, processes, overrides)
+    records, one_process = runs[layout], runs[ONE_PROCESS]
     assert [record["step"] for record in records] == [5, 6, 7, 8, 9]
     for ours, theirs in zip(records, one_process, strict=True):
         for name in ("loss", "grad_norm"):
