@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_kanana.config import read_settings
+from megatron_kanana.data.builtin import language_samples
+from megatron_kanana.data.documents import read_documents
+from tests.conversion.test_round_trip import convert
 from tests.launch import Finished, run_python
 
 VOCAB_SIZE = 4096
@@ -121,6 +127,39 @@ def test_generate_refuses_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None
     finished = run_python("tools/generate.py", str(tmp_path))
     assert finished.returncode == 2
     assert "name a step_… folder" in finished.stderr
+
+
+def test_trained_model_has_the_same_perplexity_in_transformers(
+    run: DefaultRun, tmp_path: Path
+) -> None:
+    """Exported, with its tokenizer, and measured by an independent implementation."""
+    exported, text = tmp_path / "exported", tmp_path / "held_out.txt"
+    documents = [text.strip("\n") for text in list(language_samples())[:24]]
+    text.write_text("\n\n".join(documents))
+    assert convert("to-hf", "--megatron", run.checkpoint, "--out", exported) == 0
+    finished = run_python(
+        *("tools/evaluate.py", str(run.checkpoint), "--data", str(text), "--json", "device=cpu"),
+        *("--batch-size", "8"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    ours = json.loads(finished.stdout)["all"]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    ids: list[int] = []
+    for document in read_documents(text):
+        ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
+    losses = []
+    for start in range(0, len(ids), 128):  # windows as long as those of the training
+        window = torch.tensor([ids[start : start + 128]])
+        if window.shape[1] > 1:
+            with torch.no_grad():
+                logits = model(window).logits[0, :-1].double()
+            losses.append(F.cross_entropy(logits, window[0, 1:], reduction="none"))
+    theirs = torch.cat(losses)
+    assert ours["predicted"] == len(theirs)
+    assert ours["loss"] == pytest.approx(float(theirs.mean()), rel=1e-4)
+    assert ours["perplexity"] == pytest.approx(math.exp(theirs.mean()), rel=1e-4)
 
 
 @pytest.mark.gpu
