@@ -16,30 +16,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from megatron_kanana.checkpoint.hugging_face.describe import describe
 from megatron_kanana.checkpoint.hugging_face.problems import ConversionError
 from megatron_kanana.checkpoint.hugging_face.to_hugging_face import open_megatron, to_hugging_face
-from megatron_kanana.checkpoint.hugging_face.to_megatron import (
-    OnBytes,
-    open_hugging_face,
-    to_megatron,
-)
+from megatron_kanana.checkpoint.hugging_face.to_megatron import open_hugging_face, to_megatron
 from megatron_kanana.checkpoint.hugging_face.verify import differences
+from megatron_kanana.terminal import byte_progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = (
@@ -74,7 +61,7 @@ def run_to_megatron(options: argparse.Namespace) -> int:
         print(f"left out: {len(model.dropped)} tensors, such as {model.dropped[0]}")
     if model.source.is_quantized:
         print("fp8 weights are dequantised to bf16")
-    with progress("converting", model.num_bytes) as on_bytes:
+    with byte_progress("converting", model.num_bytes) as on_bytes:
         to_megatron(model, options.out, force=options.force, on_bytes=on_bytes)
     print(f"{options.out}: {len(model.placements):,} tensors, {model.num_bytes / 1e9:.2f} GB")
     return 0
@@ -88,7 +75,7 @@ def run_to_hf(options: argparse.Namespace) -> int:
         (dtype or model.dtype(place)).itemsize * torch.Size(place.shape).numel()
         for place in model.placements
     )
-    with progress("converting", total) as on_bytes:
+    with byte_progress("converting", total) as on_bytes:
         to_hugging_face(
             model,
             options.out,
@@ -112,28 +99,13 @@ def run_verify(options: argparse.Namespace) -> int:
     megatron = open_megatron(options.megatron)
     mtp = "keep" if megatron.settings.num_mtp_layers else "drop"
     hugging_face = open_hugging_face(options.hf, mtp)
-    with progress("comparing", hugging_face.num_bytes) as on_bytes:
+    with byte_progress("comparing", hugging_face.num_bytes) as on_bytes:
         found = differences(hugging_face, megatron, on_bytes)
     if found:
         print(ConversionError(found), file=sys.stderr)
         return EXIT_DIFFERENT
     print(f"the same, bit by bit: {len(megatron.placements):,} tensors")
     return 0
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[OnBytes]:
-    """A progress bar; gives the function that moves it on by some bytes."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda num_bytes: bar.advance(task, num_bytes)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -14,16 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from megatron_kanana.data.documents import read_documents
+from megatron_kanana.terminal import byte_progress
 
 
 def main() -> int:
@@ -53,25 +45,16 @@ def main() -> int:
         return 2
     from megatron_kanana.data.indexed import write_dataset  # here: workers load this file too
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
     total = sum(path.stat().st_size for path in options.inputs)
     try:
-        with Progress(*columns) as progress:
-            task = progress.add_task("tokenizing", total=total)
+        with byte_progress("tokenizing", total) as on_bytes:
             size = write_dataset(
                 _documents(options.inputs, options.text_key),
                 options.output,
                 options.tokenizer,
                 workers=options.workers,
-                on_document=lambda num_bytes: progress.advance(task, num_bytes),
+                on_document=on_bytes,
             )
-            progress.update(task, completed=total)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
