@@ -85,7 +85,7 @@ def train_in_turn(
     """
     jobs = [
         [port, _arguments(output_dir, cache_dir, name, overrides)]
-        for port, (name, overrides) in zip(_free_ports(len(runs)), runs.items(), strict=True)
+        for port, (name, overrides) in zip(free_ports(len(runs)), runs.items(), strict=True)
     ]
     finished = run_python(
         "tests/train_in_turn.py", json.dumps(jobs), processes=processes, timeout=timeout
@@ -111,7 +111,8 @@ def _records(output_dir: Path, run_name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

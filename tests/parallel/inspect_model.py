@@ -1,12 +1,13 @@
-"""Generate with a cache, recompute without one, and predict a text, in any layout.
+"""Generate with a cache, recompute without one, and predict a text, in layouts one after another.
 
-Arguments: CHECKPOINT TEXT OUTPUT [setting=value ...]
-
-Writes what it found to OUTPUT, an .npz file.
+Arguments: CHECKPOINT TEXT JOBS; the last is JSON, a list of [port for the processes to meet at,
+.npz file to write, overrides of settings].
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,22 @@ NEW_TOKENS = 7
 CONTEXT, WINDOW = 620, 62
 
 
-def main(checkpoint: Path, text: Path, output: Path, overrides: list[str]) -> None:
-    """Everything the tests want to know, in one start of the processes."""
+def main(checkpoint: Path, text: Path, jobs: list[tuple[int, str, list[str]]]) -> None:
+    """Look at the model in each layout."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it remembers the layout before
+    for port, output, overrides in jobs:
+        os.environ["MASTER_PORT"] = str(port)
+        inspect(checkpoint, text, Path(output), overrides)
+        from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+        unset_num_microbatches_calculator()
+
+
+def inspect(checkpoint: Path, text: Path, output: Path, overrides: list[str]) -> None:
+    """Everything the tests want to know of one layout."""
     environment = detect_environment()
-    settings = checkpoint_settings(
-        checkpoint, [f"data.sequence_length={CONTEXT}", "device=cpu", *overrides], environment
-    )
+    context = f"data.sequence_length={CONTEXT}"
+    settings = checkpoint_settings(checkpoint, ["device=cpu", context, *overrides], environment)
     where = device.prepare_device(settings, environment)
     device.initialize_process_groups(settings, where)
 
@@ -127,4 +138,4 @@ def maxima(model: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 
 from megatron_kanana import device
-from tests.launch import run_python, train
+from megatron_kanana.data.builtin import BuiltinData
+from megatron_kanana.data.export_tokenizer import save_hugging_face_tokenizer
+from tests.conftest import TEST_VOCAB_SIZE
+from tests.launch import free_ports, run_python, train
 from tests.parallel.inspect_model import NEW_TOKENS, PROMPT_LENGTHS, WINDOW
 from tools import evaluate, generate
 
 SCRIPT = str(Path(__file__).parent / "inspect_model.py")
+
+MODEL_VOCABULARY, PADDED_VOCABULARY = 3000, 3072  # the tokenizer has 2048
 
 LAYOUTS = {
     "TP2": ["parallel.tensor_parallel_size=2"],
@@ -31,12 +36,21 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
-    """A model whose logits are far apart, with YaRN and a layer for multi-token prediction."""
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, builtin: BuiltinData
+) -> Path:
+    """A model whose logits are far apart, with YaRN and a layer for multi-token prediction.
+
+    Its tokenizer is a folder of Hugging Face's files, with fewer ids than the model has.
+    """
     folder = tmp_path_factory.mktemp("model")
+    (folder / "tokenizer").mkdir()
+    save_hugging_face_tokenizer(builtin.tokenizer, folder / "tokenizer")
     train(
         *(folder, cache_dir, "run", "stop_after_step=1", "model.init_std=0.15"),
         *("model.num_mtp_layers=1", "model.yarn_factor=4", "model.yarn_original_context=256"),
+        *(f"data.tokenizer={folder / 'tokenizer'}", f"model.vocab_size={MODEL_VOCABULARY}"),
+        f"data.blend=[{{path:{builtin.datasets[0][0]},weight:1}}]",
     )
     return folder / "run" / "checkpoints" / "step_00000001"
 
@@ -49,35 +63,49 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def inspect(folder: Path, checkpoint: Path, text: Path, overrides: list[str]) -> dict[str, Any]:
-    """What the model of the checkpoint says in a layout."""
-    output = folder / "found.npz"
-    finished = run_python(
-        *(SCRIPT, str(checkpoint), str(text), str(output)),
-        *overrides,
-        processes=2 if overrides else 1,
-    )
+def inspect(
+    folder: Path, checkpoint: Path, text: Path, layouts: Mapping[str, Sequence[str]], processes: int
+) -> dict[str, dict[str, Any]]:
+    """What the model of the checkpoint says, by layout."""
+    outputs = {layout: folder / f"{number}.npz" for number, layout in enumerate(layouts)}
+    jobs = [
+        [port, str(outputs[layout]), overrides]
+        for port, (layout, overrides) in zip(free_ports(len(layouts)), layouts.items(), strict=True)
+    ]
+    finished = run_python(SCRIPT, str(checkpoint), str(text), json.dumps(jobs), processes=processes)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    return dict(np.load(output))
+    return {layout: dict(np.load(output)) for layout, output in outputs.items()}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, text: Path) -> dict[str, Any]:
     """What it says on one process."""
-    return inspect(tmp_path_factory.mktemp("alone"), checkpoint, text, [])
+    folder = tmp_path_factory.mktemp("alone")
+    return inspect(folder, checkpoint, text, {"one process": []}, 1)["one process"]
+
+
+@pytest.fixture(scope="module")
+def in_layouts(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, text: Path
+) -> dict[str, dict[str, Any]]:
+    """What it says in each layout."""
+    return inspect(tmp_path_factory.mktemp("layouts"), checkpoint, text, LAYOUTS, 2)
 
 
 def assert_cache_changes_nothing(found: dict[str, Any]) -> None:
     """Logits as recomputed, and the largest of them chosen."""
     for length in PROMPT_LENGTHS:
         cached, recomputed = found[f"cached {length}"], found[f"recomputed {length}"]
-        assert cached.shape == recomputed.shape == (NEW_TOKENS + 1, 2048)
+        assert cached.shape == recomputed.shape == (NEW_TOKENS + 1, PADDED_VOCABULARY)
         np.testing.assert_allclose(cached, recomputed, rtol=0, atol=1e-4)
-        assert found[f"greedy {length}"].tolist() == recomputed[:-1].argmax(1).tolist()
+        known = recomputed[:-1, :TEST_VOCAB_SIZE]
+        assert found[f"greedy {length}"].tolist() == known.argmax(1).tolist()
 
 
 def test_one_process_has_the_logits_of_recomputation(alone: dict[str, Any]) -> None:
     assert_cache_changes_nothing(alone)
+    every = np.concatenate([alone[f"recomputed {length}"] for length in PROMPT_LENGTHS])
+    assert (every.argmax(1) >= TEST_VOCAB_SIZE).any()  # ids that generation passes over
     assert np.std(alone["cached 37"]) > 0.5
     assert len({*alone["sampled 37"].tolist(), *alone["sampled 600"].tolist()}) > NEW_TOKENS
 
@@ -90,9 +118,9 @@ def test_loss_is_that_of_float64_logits(alone: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_says_the_same(
-    layout: str, tmp_path: Path, checkpoint: Path, text: Path, alone: dict[str, Any]
+    layout: str, in_layouts: dict[str, dict[str, Any]], alone: dict[str, Any]
 ) -> None:
-    found = inspect(tmp_path, checkpoint, text, LAYOUTS[layout])
+    found = in_layouts[layout]
     assert_cache_changes_nothing(found)
     for length in PROMPT_LENGTHS:
         np.testing.assert_allclose(
