@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_kanana.optimizer.whole_state import Entry, gather_state, owned_entries, scatter_state
 
 Sharded: TypeAlias = "ShardedTensor | ShardedTensorFactory"
+
+
+class OtherOptimizerError(Exception):
+    """Raised for a checkpoint that holds the state of another optimizer than the run's."""
 
 
 def to_save(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
@@ -41,6 +47,23 @@ def to_load(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
         entry: _sharded(entry, torch.empty(parameter.shape), of_parameter[parameter])
         for entry, parameter in owned_entries(optimizer).items()
     }
+
+
+def check_stored(wanted: Mapping[Entry, Sharded], path: Path) -> None:
+    """Make sure that a checkpoint holds what this process wants of the optimizer's state.
+
+    Raises:
+        OtherOptimizerError: it does not.
+    """
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    missing = [sharded.key for sharded in wanted.values() if sharded.key not in stored]
+    if missing:
+        raise OtherOptimizerError(
+            f"the checkpoint {path} lacks {len(missing)} tensors of the optimizer, such as"
+            f" {missing[0]}: it was made with another optimizer.name, muon_kinds or adamw_kinds."
+            " Take those of its settings.yaml, or start from its weights alone: convert it to"
+            " Hugging Face's form and back with tools/convert_checkpoint.py"
+        )
 
 
 def load(optimizer: Any, loaded: Mapping[Entry, torch.Tensor], steps: int) -> None:

@@ -63,7 +63,9 @@ def load(run: Run, path: Path) -> None:
         return
     saved_layout = common["layout"]
     model = model_state(run.chunks)
-    wanted = {**model, "optimizer": optimizer_state.to_load(run.optimizer, model)}
+    optimizer = optimizer_state.to_load(run.optimizer, model)
+    optimizer_state.check_stored(optimizer, path)
+    wanted = {**model, "optimizer": optimizer}
     same_layout = saved_layout == _layout(run.settings)
     if same_layout:
         wanted["random"] = _sharded_random_state()

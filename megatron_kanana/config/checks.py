@@ -29,6 +29,7 @@ def check(settings: Settings, environment: Environment) -> list[Problem]:
         check_sharding,
         check_world,
         check_schedule,
+        check_optimizer,
         check_data,
         check_checkpoint,
     )
@@ -112,3 +113,36 @@ def check_schedule(settings: Settings, environment: Environment) -> Iterator[Pro
             f"is above optimizer.learning_rate = {optimizer.learning_rate}",
             "choose a smaller one",
         )
+
+
+def check_optimizer(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """Each kind of weights has one optimizer, and heads are told apart where Muon sees them."""
+    optimizer = settings.optimizer
+    for kind in optimizer.muon_kinds:
+        if kind in optimizer.adamw_kinds:
+            yield Problem(
+                "optimizer.muon_kinds",
+                kind,
+                "optimizer.adamw_kinds has it too",
+                "leave it in one of them",
+            )
+    kinds = {
+        "query": "query" if settings.model.q_lora_rank is None else "query_up",
+        "key": "key_value_up",
+        "value": "key_value_up",
+    }
+    for part in optimizer.per_head:
+        if optimizer.name != "muon":
+            yield Problem(
+                "optimizer.per_head",
+                part,
+                f"optimizer.name = {optimizer.name} knows no matrices",
+                "leave it out, or set optimizer=muon",
+            )
+        elif kinds[part] in optimizer.adamw_kinds:
+            yield Problem(
+                "optimizer.per_head",
+                part,
+                f"optimizer.adamw_kinds leaves {kinds[part]} to AdamW",
+                "leave it out of one of them",
+            )

@@ -312,6 +312,36 @@ BAD = {
         "0.0",
         "choose above 0",
     ),
+    "weights with two optimizers": Bad(
+        ("optimizer=muon", "optimizer.muon_kinds=[router]", "optimizer.adamw_kinds=[router]"),
+        "optimizer.muon_kinds",
+        "router",
+        "leave it in one of them",
+    ),
+    "unknown kind of weights": Bad(
+        ("optimizer=muon", "optimizer.adamw_kinds=[heads]"),
+        "optimizer.adamw_kinds[0]",
+        "heads",
+        "or key_value_up or",
+    ),
+    "heads apart in what AdamW updates": Bad(
+        ("optimizer=muon", "optimizer.per_head=[key]", "optimizer.adamw_kinds=[key_value_up]"),
+        "optimizer.per_head",
+        "key",
+        "leave it out of one of them",
+    ),
+    "heads apart without Muon": Bad(
+        ("optimizer.per_head=[query]",), "optimizer.per_head", "query", "set optimizer=muon"
+    ),
+    "no orthogonalisation": Bad(
+        ("optimizer=muon", "optimizer.orthogonalization_steps=0"),
+        "optimizer.orthogonalization_steps",
+        "0",
+        "choose at least 1",
+    ),
+    "threshold of zero": Bad(
+        ("optimizer.qk_clip_threshold=0",), "optimizer.qk_clip_threshold", "0.0", "choose above 0"
+    ),
     "checkpoint that is not whole": Bad(
         ("checkpoint.load={tmp}",), "checkpoint.load", "", "name a step_… folder"
     ),
