@@ -13,7 +13,7 @@ from megatron_kanana.config.shipped import shipped_model
 
 
 def main(names: list[str]) -> None:
-    """Print a line for each model: its parameters, and those of the routed experts.
+    """Print a line for each model: its parameters, those of the routed experts, and Muon's.
 
     A name may have overrides behind it: "kanana_2_tiny,model.num_layers=8".
     """
@@ -23,6 +23,7 @@ def main(names: list[str]) -> None:
 
     from megatron_kanana.model.builder import gpt_model
     from megatron_kanana.model.megatron_config import transformer_config
+    from megatron_kanana.optimizer.logical_matrices import rule_of
 
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("meta")  # where megatron-core puts weights
@@ -36,7 +37,8 @@ def main(names: list[str]) -> None:
             for key, size in sizes.items()
             if key.startswith("decoder.") and ".mlp.experts." in key
         )
-        print(name, sum(sizes.values()), routed)
+        muon = sum(size for key, size in sizes.items() if rule_of(key).muon)
+        print(name, sum(sizes.values()), routed, muon)
     device.destroy_process_groups()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_kanana.config.schema import ModelSettings
 from megatron_kanana.config.shipped import shipped_model
 from megatron_kanana.planning import count_parameters
 from tests.launch import run_python
@@ -35,9 +36,25 @@ def test_counts_are_those_of_built_models() -> None:
     assert finished.returncode == 0, finished.stderr
     lines = [line.split() for line in finished.stdout.splitlines() if line.startswith("kanana")]
     assert [line[0] for line in lines] == names
-    for name, total, routed in lines:
-        count = count_parameters(shipped_model(*name.split(",")))
+    for name, total, routed, muon in lines:
+        model = shipped_model(*name.split(","))
+        count = count_parameters(model)
         assert (count.total, count.routed_experts) == (int(total), int(routed))
+        assert count.total - adamw_parameters(model) == int(muon)
+
+
+def adamw_parameters(model: ModelSettings) -> int:
+    """Embeddings, head, routers and norms: what the table of logical matrices leaves to AdamW."""
+    count = count_parameters(model)
+    norms_in_attention = model.kv_lora_rank + (model.q_lora_rank or 0)
+    predicting = model.hidden_size * (model.num_experts + 5) + norms_in_attention
+    return (
+        count.embeddings
+        + count.routers
+        + count.norms
+        + model.num_layers * norms_in_attention
+        + model.num_mtp_layers * predicting
+    )
 
 
 def test_multi_token_prediction_counts_for_the_whole_and_not_for_what_a_token_uses() -> None:
