@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,13 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_kanana import device, train
-from megatron_kanana.config import ConfigurationError, Environment, load_settings, write_settings
+from megatron_kanana.config import (
+    ConfigurationError,
+    Environment,
+    Settings,
+    load_settings,
+    write_settings,
+)
 from megatron_kanana.config.saved import SETTINGS_FILE
 from tests.hugging_face_tokenizers import save_byte_level_tokenizer
 from tests.launch import run_python
@@ -110,6 +117,12 @@ BAD = {
         "csrc",
         "pip install --no-build-isolation -e .",
         Environment(has_native_library=False),
+    ),
+    "base width without whole heads": Bad(
+        ("transfer.base_hidden_size=80",),
+        "transfer.base_hidden_size",
+        "80",
+        "choose a multiple of 32",
     ),
     "odd rotary width": Bad(
         ("model.qk_rope_head_dim=15",), "model.qk_rope_head_dim", "15", "choose an even width"
@@ -402,6 +415,12 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
+def settings_to_save(*overrides: str) -> Settings:
+    """Settings of a run, composed once."""
+    return load_settings(overrides, ONE_CPU)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, tokenizers: Path) -> Path:
     """A folder with a text file and a checkpoint's settings."""
@@ -418,7 +437,7 @@ def folder(tmp_path: Path, tokenizers: Path) -> Path:
     for step, overrides in {6: [], 7: [], 8: ["model.num_mtp_layers=1"]}.items():
         checkpoint = tmp_path / f"step_{step:08d}"
         checkpoint.mkdir()
-        write_settings(checkpoint, load_settings(overrides, ONE_CPU))
+        write_settings(checkpoint, settings_to_save(*overrides))
     oldest = tmp_path / "step_00000006" / SETTINGS_FILE
     oldest.write_text(re.sub(r"  \w*mtp\w*: .*\n", "", oldest.read_text()))
     return tmp_path
