@@ -6,6 +6,7 @@ problem it finds. Limits of a single setting are declared beside it in `schema.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from .check_files import check_checkpoint, check_data
@@ -30,6 +31,7 @@ def check(settings: Settings, environment: Environment) -> list[Problem]:
         check_world,
         check_schedule,
         check_optimizer,
+        check_transfer,
         check_data,
         check_checkpoint,
     )
@@ -112,6 +114,20 @@ def check_schedule(settings: Settings, environment: Environment) -> Iterator[Pro
             schedule.minimum_learning_rate,
             f"is above optimizer.learning_rate = {optimizer.learning_rate}",
             "choose a smaller one",
+        )
+
+
+def check_transfer(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """The base model of muP has whole heads of the model's size."""
+    model, base = settings.model, settings.transfer.base_hidden_size
+    if base is not None and model.num_attention_heads * base % model.hidden_size:
+        head = model.hidden_size // math.gcd(model.hidden_size, model.num_attention_heads)
+        yield Problem(
+            "transfer.base_hidden_size",
+            base,
+            f"has no whole number of heads: there are model.num_attention_heads ="
+            f" {model.num_attention_heads} for model.hidden_size = {model.hidden_size}",
+            f"choose a multiple of {head}",
         )
 
 

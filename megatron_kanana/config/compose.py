@@ -26,6 +26,7 @@ GROUPS = (
     "parallel",
     "precision",
     "optimizer",
+    "transfer",
     "schedule",
     "data",
     "checkpoint",

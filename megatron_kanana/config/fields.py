@@ -27,7 +27,8 @@ def setting(
     """Declare one setting of a settings dataclass.
 
     Args:
-        default: value when no config group names it; without one the setting is required.
+        default: value when no config group names it, or the class of a group that has one for each
+            of its settings; without a default the setting is required.
         help: one line for a person: what it is and its unit.
         minimum: smallest allowed value.
         above: the value must be greater than this.
@@ -41,6 +42,8 @@ def setting(
         "fixed_by_checkpoint": fixed_by_checkpoint,
         **{key: value for key, value in limits.items() if value is not None},
     }
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -211,6 +211,37 @@ class OptimizerSettings:
 
 
 @dataclass(kw_only=True)
+class TransferSettings:
+    """Hyperparameters found on a narrow model for a wide one (muP, arXiv 2608.20061)."""
+
+    base_hidden_size: int | None = setting(
+        None,
+        help="width of the model that learning rate and initial weights were chosen for; null uses"
+        " them as they are (the standard parametrisation)",
+        minimum=1,
+    )
+    matrix_init_std: float | None = setting(
+        None,
+        help="standard deviation of initial matrices at the base width; null is model.init_std",
+        above=0.0,
+    )
+    vector_init_std: float | None = setting(
+        0.2,
+        help="standard deviation of initial embeddings at any width (arXiv 2608.20061: variance"
+        " 0.04); null is model.init_std",
+        above=0.0,
+    )
+    scale_output: bool = setting(
+        True,
+        help="divide logits by the width over the base width, by way of the output layer's weights"
+        " (arXiv 2203.03466, table 8)",
+    )
+
+
+STANDARD_PARAMETRIZATION = TransferSettings()
+
+
+@dataclass(kw_only=True)
 class ScheduleSettings:
     """Length of the run, batch sizes, and the warm-up, stable, decay (WSD) learning rate."""
 
@@ -334,6 +365,9 @@ class Settings:
     parallel: ParallelSettings = setting(help="layout over processes")
     precision: PrecisionSettings = setting(help="number formats")
     optimizer: OptimizerSettings = setting(help="optimizer")
+    transfer: TransferSettings = setting(
+        TransferSettings, help="hyperparameters from a narrower model"
+    )
     schedule: ScheduleSettings = setting(help="length, batches, learning rate")
     data: DataSettings = setting(help="text and tokenizer")
     checkpoint: CheckpointSettings = setting(help="saving and loading")

@@ -39,7 +39,7 @@ def _build_chunk(
     chunk = gpt_model(settings, config, attention_backend, vp_stage)
     _mark_expert_replicas(chunk, config)
     chunk.to(device.torch_device)
-    initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed)
+    initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed, settings.transfer)
     in_bf16 = device.dtype == torch.bfloat16
     module: torch.nn.Module = Float16Module(config, chunk) if in_bf16 else chunk
     return module

@@ -12,28 +12,40 @@ import math
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_kanana.config.schema import ModelSettings
+from megatron_kanana.config.schema import (
+    STANDARD_PARAMETRIZATION,
+    ModelSettings,
+    TransferSettings,
+)
+from megatron_kanana.optimizer.transfer import initial_std
 
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def initialize_weights(
-    sharded_state_dict: dict[str, object], model: ModelSettings, seed: int
+    sharded_state_dict: dict[str, object],
+    model: ModelSettings,
+    seed: int,
+    transfer: TransferSettings = STANDARD_PARAMETRIZATION,
 ) -> None:
     """Fill the matrices of a model chunk in place; norms and buffers keep their constants.
 
-    Matrices are normal with `init_std`; those that write to the residual stream with
-    init_std / sqrt(2 * num_layers) (GPT-2, section 2.3).
+    Matrices are normal with `init_std`, or with what muP makes of it at this width; those that
+    write to the residual stream with 1 / sqrt(2 * num_layers) of that (GPT-2, section 2.3).
 
     Args:
         sharded_state_dict: of the chunk; says where each local tensor lies in the whole one.
         model: gives the standard deviation and the depth.
         seed: `seed` of the settings.
+        transfer: muP, or its absence.
+
+    Raises:
+        UnknownParameterError: with muP, for matrices the table of logical matrices lacks.
     """
     for entry in sharded_state_dict.values():
         for shard in shards(entry):
             if shard.data is not None and len(shard.local_shape) >= 2:
-                _fill(shard, model, seed)
+                _fill(shard, model, seed, transfer)
 
 
 def shards(entry: object) -> list[ShardedTensor]:
@@ -44,13 +56,15 @@ def shards(entry: object) -> list[ShardedTensor]:
     return [entry] if isinstance(entry, ShardedTensor) else []
 
 
-def _fill(shard: ShardedTensor, model: ModelSettings, seed: int) -> None:
+def _fill(
+    shard: ShardedTensor, model: ModelSettings, seed: int, transfer: TransferSettings
+) -> None:
     prepended = shard.prepend_axis_num
     index = shard.global_offset[:prepended]
     shape = shard.global_shape[prepended:]
     offset = shard.global_offset[prepended:]
     name = f"{shard.key}{list(index)}"
-    std = model.init_std
+    std = initial_std(shard.key, model, transfer)
     if shard.key.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * model.num_layers)
     device = shard.data.device

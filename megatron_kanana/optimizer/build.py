@@ -40,7 +40,7 @@ def build_optimizer(
     """AdamW over all parameters, or Muon over the matrices and AdamW over the rest.
 
     Raises:
-        UnknownParameterError: with Muon, for parameters the table of logical matrices lacks.
+        UnknownParameterError: with Muon or muP, for parameters the table of logical matrices lacks.
     """
     optimizer = settings.optimizer
     config = OptimizerConfig(
@@ -56,7 +56,8 @@ def build_optimizer(
         params_dtype=device.dtype,
         use_distributed_optimizer=True,
     )
-    overrides = parameter_group_overrides(config, settings)
+    names = {name for chunk in chunks for name, _ in chunk.named_parameters()}
+    overrides = parameter_group_overrides(config, settings, names)
     result = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     if optimizer.name == "muon":
         give_matrices_to_muon(result, settings)
