@@ -135,18 +135,13 @@ class DistributedMuon:
 
     def _gather(self, this: Round) -> Pending[Tensors]:
         """Move the momenta of this process's pieces, and send them to the owners."""
-        mains = {
-            index: weight.flat.main
-            for index, weight in enumerate(this.weights)
-            if weight.flat.main is not None
-        }
         local: Tensors = {}
-        if mains:
-            gradients = [_gradient(main) for main in mains.values()]
-            momenta = [self.state[main]["momentum"] for main in mains.values()]
-            ahead = nesterov_momentum(gradients, momenta, self._settings.momentum)
-            shard = self._group.shard
-            local = {(index, shard): piece for index, piece in zip(mains, ahead, strict=True)}
+        for index, weight in enumerate(this.weights):
+            if (main := weight.flat.main) is not None:
+                assert main.grad is not None
+                momentum = self.state[main]["momentum"]
+                ahead = nesterov_momentum(main.grad, momentum, self._settings.momentum, self._dtype)
+                local[index, self._group.shard] = ahead
         group = self._group.process_group
         return gather(this.gathers, local, self._dtype, self._device, group)
 
@@ -269,8 +264,3 @@ def _round(weights: list[Weight], owners: list[int], group: MatrixGroup) -> Roun
         if shard < weights[index].num_shards
     }
     return Round(weights, owners, gathers, items)
-
-
-def _gradient(main: torch.Tensor) -> torch.Tensor:
-    assert main.grad is not None
-    return main.grad

@@ -205,7 +205,9 @@ def merge(
     """The whole weight of which `matrices` are the logical matrices: the inverse of `split`."""
     groups = _num_groups(rule, model, num_shards)
     columns = matrices[0].shape[-1]
-    return torch.cat([part.reshape(groups, -1, columns) for part in matrices], 1).view(-1, columns)
+    parts = [part.reshape(groups, -1, columns) for part in matrices]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return whole.reshape(-1, columns)
 
 
 def matrix_shapes(

@@ -15,17 +15,16 @@ from .orthogonalize import orthogonalize
 
 
 def nesterov_momentum(
-    gradients: list[torch.Tensor], momenta: list[torch.Tensor], decay: float
-) -> list[torch.Tensor]:
-    """Add the gradients to the momenta in place, and look one step ahead.
+    gradient: torch.Tensor, momentum: torch.Tensor, decay: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Add the gradient to the momentum in place, and look one step ahead.
 
-    momentum <- decay * momentum + gradient; returns gradient + decay * momentum, for each.
+    momentum <- decay * momentum + gradient; returns gradient + decay * momentum in `dtype`, each
+    computed in the momentum's format in one pass.
     """
-    torch._foreach_mul_(momenta, decay)
-    torch._foreach_add_(momenta, gradients)
-    ahead = torch._foreach_mul(momenta, decay)
-    torch._foreach_add_(ahead, gradients)
-    return list(ahead)
+    torch.add(gradient, momentum, alpha=decay, out=momentum)
+    ahead = torch.empty_like(momentum, dtype=dtype)
+    return torch.add(gradient, momentum, alpha=decay, out=ahead)
 
 
 def update_scale(mode: str, rows: int, columns: int) -> float:

@@ -149,7 +149,7 @@ def test_momentum_is_nesterovs() -> None:
     gradients = torch.randn(4, 8, dtype=torch.float64)
     momentum = torch.zeros(8, dtype=torch.float64)
     for step in range(4):
-        (ahead,) = nesterov_momentum([gradients[step]], [momentum], 0.9)
+        ahead = nesterov_momentum(gradients[step], momentum, 0.9, torch.float64)
         powers = 0.9 ** torch.arange(step, -1, -1, dtype=torch.float64)
         total = powers @ gradients[: step + 1]
         torch.testing.assert_close(momentum, total)
