@@ -32,21 +32,39 @@ def to_save(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
         optimizer: megatron-core's optimizer.
         model: sharded state dicts of the model chunks, which name the parameters.
     """
-    parameters = owned_entries(optimizer)
-    of_parameter = _by_parameter(model)
-    return {
-        entry: _sharded(entry, tensor, of_parameter[parameters[entry]])
-        for entry, tensor in gather_state(optimizer).items()
-    }
+    return describe(gather_state(optimizer), owned_entries(optimizer), model)
 
 
 def to_load(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
     """Places for what this process loads, on the CPU."""
+    return places(owned_entries(optimizer), model)
+
+
+def describe(
+    tensors: Mapping[Entry, torch.Tensor],
+    parameters: Mapping[Entry, torch.nn.Parameter],
+    model: Mapping[str, Any],
+) -> dict[Entry, Sharded]:
+    """Whole tensors as the parts of a checkpoint that this process saves.
+
+    Args:
+        tensors: one a parameter, in its shape.
+        parameters: the parameter that each belongs to.
+        model: sharded state dicts of the model chunks.
+    """
     of_parameter = _by_parameter(model)
     return {
-        entry: _sharded(entry, torch.empty(parameter.shape), of_parameter[parameter])
-        for entry, parameter in owned_entries(optimizer).items()
+        entry: _sharded(entry, tensor, of_parameter[parameters[entry]])
+        for entry, tensor in tensors.items()
     }
+
+
+def places(
+    parameters: Mapping[Entry, torch.nn.Parameter], model: Mapping[str, Any]
+) -> dict[Entry, Sharded]:
+    """Places on the CPU for such parts, to load into."""
+    empty = {entry: torch.empty(parameter.shape) for entry, parameter in parameters.items()}
+    return describe(empty, parameters, model)
 
 
 def check_stored(wanted: Mapping[Entry, Sharded], path: Path) -> None:
@@ -71,6 +89,11 @@ def load(optimizer: Any, loaded: Mapping[Entry, torch.Tensor], steps: int) -> No
     scatter_state(optimizer, loaded, steps)
 
 
+def key(state: str, weight: str) -> str:
+    """Name in a checkpoint of the state that belongs to the weight of that name."""
+    return f"optimizer.state.{state}.{weight}"
+
+
 def _by_parameter(model: Mapping[str, Any]) -> dict[torch.Tensor, Sharded]:
     return {
         sharded.data: sharded
@@ -83,7 +106,7 @@ def _by_parameter(model: Mapping[str, Any]) -> dict[torch.Tensor, Sharded]:
 def _sharded(entry: Entry, tensor: torch.Tensor, weight: Sharded) -> Sharded:
     """`tensor` described as the part of a whole one that the model's weight is."""
     changes: dict[str, Any] = {
-        "key": f"optimizer.state.{entry.state}.{weight.key}",
+        "key": key(entry.state, weight.key),
         "data": tensor,
         # Of the data-parallel processes only the owner describes it.
         "replica_id": (*weight.replica_id[:2], 0),

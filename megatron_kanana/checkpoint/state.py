@@ -18,6 +18,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_kanana.config import Settings
+from megatron_kanana.optimizer.weight_average import WEIGHT_AVERAGE, WeightAverage
 from megatron_kanana.optimizer.whole_state import step_count
 
 from . import optimizer_state
@@ -31,6 +32,7 @@ class Run(Protocol):
     tokenizer: Any
     optimizer: Any
     scheduler: Any
+    weight_average: WeightAverage | None
     step: int
     consumed_samples: int
 
@@ -43,6 +45,7 @@ def saved_state(run: Run) -> dict[str, Any]:
         "optimizer": optimizer_state.to_save(run.optimizer, model),
         "optimizer_step": step_count(run.optimizer),
         "scheduler": run.scheduler.state_dict(),
+        **_weight_average(run, model),
         "random": _sharded_random_state(),
         "step": run.step,
         "consumed_samples": run.consumed_samples,
@@ -60,23 +63,47 @@ def load(run: Run, path: Path) -> None:
     if common.get("weights_only"):
         load_model(run.chunks, path)
         run.optimizer.reload_model_params()
+        if run.weight_average is not None:
+            run.weight_average.reset()
         return
     saved_layout = common["layout"]
     model = model_state(run.chunks)
     optimizer = optimizer_state.to_load(run.optimizer, model)
     optimizer_state.check_stored(optimizer, path)
-    wanted = {**model, "optimizer": optimizer}
+    wanted = {**model, "optimizer": optimizer, **_stored_weight_average(run, model, path)}
     same_layout = saved_layout == _layout(run.settings)
     if same_layout:
         wanted["random"] = _sharded_random_state()
     state = dist_checkpointing.load(wanted, str(path))
     _load_model(run.chunks, state)
     optimizer_state.load(run.optimizer, state["optimizer"], state["optimizer_step"])
+    if run.weight_average is not None:
+        run.weight_average.reset()
+        if WEIGHT_AVERAGE in state:
+            run.weight_average.scatter(state[WEIGHT_AVERAGE])
     run.scheduler.load_state_dict(state["scheduler"])
     run.step = state["step"]
     run.consumed_samples = state["consumed_samples"]
     if same_layout:
         _restore_random_state(state["random"])
+
+
+def _weight_average(run: Run, model: dict[str, Any]) -> dict[str, Any]:
+    """Averaged weights as a part of what is saved; every process must call this."""
+    average = run.weight_average
+    if average is None:
+        return {}
+    tensors = optimizer_state.describe(average.gather(), average.owned_entries(), model)
+    return {WEIGHT_AVERAGE: tensors}
+
+
+def _stored_weight_average(run: Run, model: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Places for the averaged weights; nothing where the run or the checkpoint has none."""
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    prefix = optimizer_state.key(WEIGHT_AVERAGE, "")
+    if run.weight_average is None or not any(name.startswith(prefix) for name in stored):
+        return {}
+    return {WEIGHT_AVERAGE: optimizer_state.places(run.weight_average.owned_entries(), model)}
 
 
 def load_model(chunks: Sequence[Any], path: Path) -> None:

@@ -258,6 +258,16 @@ class ScheduleSettings:
     minimum_learning_rate: float = setting(
         0.0, help="learning rate at the end of the decay", minimum=0.0
     )
+    weight_average_decay: float | None = setting(
+        None,
+        help="share of an exponential moving average of the weights that stays at each update; such"
+        " averaged weights are evaluated and saved beside the weights; null keeps none",
+        above=0.0,
+        maximum=0.99999,
+    )
+    weight_average_interval: int = setting(
+        1, help="steps between updates of the average", minimum=1
+    )
     evaluation_interval: int = setting(
         0, help="steps between evaluations on held-out text; 0 never evaluates", minimum=0
     )

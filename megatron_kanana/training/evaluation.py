@@ -27,6 +27,15 @@ def evaluation_mode(model: Model) -> Iterator[None]:
             chunk.train()
 
 
+def evaluate_both(run: Run, dataset: Any) -> tuple[float, float | None]:
+    """Mean loss of the weights, and of their average where one is kept."""
+    loss = evaluate(run, dataset)
+    if run.weight_average is None:
+        return loss, None
+    with run.weight_average.in_model():
+        return loss, evaluate(run, dataset)
+
+
 def evaluate(run: Run, dataset: Any) -> float:
     """Mean loss, in nats a token, over `schedule.evaluation_batches` fixed global batches."""
     schedule = run.settings.schedule

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_kanana.checkpoint.writer import CheckpointWriter
 from megatron_kanana.config.saved import whole_path
 
-from .evaluation import evaluate
+from .evaluation import evaluate_both
 from .generation import generate
 from .metrics import StepMetrics, collect_metrics
 from .records import Recorder, read_records
@@ -54,9 +54,9 @@ def train(run: Run) -> None:
             measured_step, measured_time = run.step, now
         interval = schedule.evaluation_interval
         if interval and (run.step % interval == 0 or run.step == schedule.steps):
-            loss = evaluate(run, evaluation_data)
+            losses = evaluate_both(run, evaluation_data)
             if recorder is not None:
-                recorder.record_evaluation(run.step, loss)
+                recorder.record_evaluation(run.step, *losses)
             measured_time = time.monotonic()
         if settings.checkpoint.save_interval and run.step % settings.checkpoint.save_interval == 0:
             writer.save(run)

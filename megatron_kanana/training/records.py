@@ -87,11 +87,17 @@ class Recorder:
         self._scalars(step, train | layers)
         self._show(step, scalars, metrics.mtp_losses)
 
-    def record_evaluation(self, step: int, loss: float) -> None:
-        """Write one evaluation."""
-        self._write({"step": step, "evaluation_loss": loss})
-        self._scalars(step, {"evaluation/loss": loss})
-        self.say(f"step {step}: held-out loss {loss:.4f}")
+    def record_evaluation(self, step: int, loss: float, averaged_loss: float | None = None) -> None:
+        """Write one evaluation, of the weights and perhaps of their average."""
+        record, scalars = {"evaluation_loss": loss}, {"evaluation/loss": loss}
+        message = f"step {step}: held-out loss {loss:.4f}"
+        if averaged_loss is not None:
+            record["averaged_evaluation_loss"] = averaged_loss
+            scalars["evaluation/averaged_loss"] = averaged_loss
+            message += f", of the averaged weights {averaged_loss:.4f}"
+        self._write({"step": step, **record})
+        self._scalars(step, scalars)
+        self.say(message)
 
     def say(self, message: str) -> None:
         """Print a line above the progress line."""

@@ -24,6 +24,7 @@ from megatron_kanana.model.megatron_config import transformer_config
 from megatron_kanana.optimizer.build import build_optimizer, wrap_data_parallel
 from megatron_kanana.optimizer.qk_clip import QKClip
 from megatron_kanana.optimizer.schedule import build_scheduler
+from megatron_kanana.optimizer.weight_average import WeightAverage
 
 from .attention_logits import AttentionLogits
 from .metrics import ExpertLoadRecorder
@@ -57,6 +58,7 @@ class Run(Model):
         expert_loads: remembers each step's tokens per expert.
         attention_logits: brings the largest attention logits together.
         qk_clip: scales attention heads down after a step; None only watches their logits.
+        weight_average: averages the weights over the steps; None where none is kept.
         step: optimizer steps done.
         consumed_samples: sequences the steps have used, over all processes.
     """
@@ -66,6 +68,7 @@ class Run(Model):
     expert_loads: ExpertLoadRecorder
     attention_logits: AttentionLogits
     qk_clip: QKClip | None
+    weight_average: WeightAverage | None
     step: int = 0
     consumed_samples: int = 0
 
@@ -100,6 +103,14 @@ def build_run(settings: Settings, device: Device) -> Run:
     optimizer = build_optimizer(chunks, settings, device)
     threshold = settings.optimizer.qk_clip_threshold
     qk_clip = None if threshold is None else QKClip(optimizer, chunks, settings.model, threshold)
+    schedule = settings.schedule
+    weight_average = (
+        None
+        if schedule.weight_average_decay is None
+        else WeightAverage(
+            optimizer, schedule.weight_average_decay, schedule.weight_average_interval
+        )
+    )
     expert_loads = ExpertLoadRecorder()
     config.finalize_model_grads_func = expert_loads.finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -117,6 +128,7 @@ def build_run(settings: Settings, device: Device) -> Run:
         expert_loads=expert_loads,
         attention_logits=AttentionLogits(chunks, config),
         qk_clip=qk_clip,
+        weight_average=weight_average,
     )
 
 

@@ -50,6 +50,8 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
     applied, grad_norm, _ = run.optimizer.step()
     clear_aux_losses_tracker()
     run.step += 1
+    if run.weight_average is not None:
+        run.weight_average.update(run.step)
     run.consumed_samples += run.settings.schedule.global_batch_size
     mtp_losses = take_mtp_losses(run.num_microbatches)
     return StepResult(
