@@ -155,22 +155,35 @@ def check_world(settings: Settings, environment: Environment) -> Iterator[Proble
         return
     data_parallel = settings.data_parallel_size(world)
     samples = schedule.micro_batch_size * data_parallel
-    if schedule.global_batch_size % samples:
+    sizes = {"schedule.global_batch_size": schedule.global_batch_size}
+    for index, change in enumerate(schedule.batch_size_changes):
+        sizes[f"schedule.batch_size_changes[{index}].global_batch_size"] = change.global_batch_size
+    for name, size in sizes.items():
+        yield from _check_batch(settings, world, samples, name, size)
+
+
+def _check_batch(
+    settings: Settings, world: int, samples: int, name: str, size: int
+) -> Iterator[Problem]:
+    """A step's sequences can be dealt over the processes, `samples` of them at a time."""
+    parallel, schedule = settings.parallel, settings.schedule
+    data_parallel = settings.data_parallel_size(world)
+    num_microbatches = settings.num_microbatches(world, size)
+    if size % samples:
         yield Problem(
-            "schedule.global_batch_size",
-            schedule.global_batch_size,
+            name,
+            size,
             f"is not a multiple of schedule.micro_batch_size = {schedule.micro_batch_size}"
             f" x {data_parallel} data-parallel processes",
             f"choose a multiple of {samples}",
         )
     elif (
-        parallel.virtual_pipeline_stages > 1
-        and settings.num_microbatches(world) % parallel.pipeline_parallel_size
+        parallel.virtual_pipeline_stages > 1 and num_microbatches % parallel.pipeline_parallel_size
     ):
         yield Problem(
-            "schedule.global_batch_size",
-            schedule.global_batch_size,
-            f"makes {settings.num_microbatches(world)} microbatches, which interleaved stages need"
+            name,
+            size,
+            f"makes {num_microbatches} microbatches, which interleaved stages need"
             f" in multiples of parallel.pipeline_parallel_size = {parallel.pipeline_parallel_size}",
             f"choose a multiple of {samples * parallel.pipeline_parallel_size}",
         )

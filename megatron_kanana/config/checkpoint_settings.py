@@ -55,6 +55,7 @@ def checkpoint_settings(
         "checkpoint.resume=true",
         "schedule.evaluation_interval=0",
         f"schedule.global_batch_size={environment.world_size}",
+        "schedule.batch_size_changes=[]",
         "schedule.micro_batch_size=1",
     )
     return saved_settings(

@@ -242,11 +242,24 @@ STANDARD_PARAMETRIZATION = TransferSettings()
 
 
 @dataclass(kw_only=True)
+class BatchSizeChange:
+    """Another batch size from some point of the run on."""
+
+    tokens: float = setting(help="tokens trained on, from which on a step has this size", above=0.0)
+    global_batch_size: int = setting(help="sequences in one optimizer step", minimum=1)
+
+
+@dataclass(kw_only=True)
 class ScheduleSettings:
     """Length of the run, batch sizes, and the warm-up, stable, decay (WSD) learning rate."""
 
     steps: int = setting(help="optimizer steps of the whole run", minimum=1)
     global_batch_size: int = setting(help="sequences in one optimizer step", minimum=1)
+    batch_size_changes: list[BatchSizeChange] = setting(
+        [],
+        help="later sizes of a step, [{tokens: …, global_batch_size: …}, …] by growing tokens;"
+        " evaluation keeps the first size",
+    )
     micro_batch_size: int = setting(help="sequences in one forward pass of a process", minimum=1)
     warmup_steps: int = setting(0, help="steps of linear warm-up from zero", minimum=0)
     decay_steps: int = setting(0, help="last steps, over which the rate decays", minimum=0)
@@ -400,8 +413,8 @@ class Settings:
             self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
         )
 
-    def num_microbatches(self, world_size: int) -> int:
-        """Forward passes of one process in one step."""
-        return self.schedule.global_batch_size // (
+    def num_microbatches(self, world_size: int, global_batch_size: int | None = None) -> int:
+        """Forward passes of one process in one step, of the first size or of another."""
+        return (global_batch_size or self.schedule.global_batch_size) // (
             self.schedule.micro_batch_size * self.data_parallel_size(world_size)
         )

@@ -42,10 +42,11 @@ def evaluate(run: Run, dataset: Any) -> float:
     iterators = data_iterators(
         run, dataset, 0, schedule.evaluation_batches * schedule.global_batch_size
     )
+    num_microbatches = run.settings.num_microbatches(dist.get_world_size())
     with evaluation_mode(run):
         losses: list[torch.Tensor] = []
         for _ in range(schedule.evaluation_batches):
-            losses += run_schedule(run, iterators, run.num_microbatches, forward_only=True)
+            losses += run_schedule(run, iterators, num_microbatches, forward_only=True)
     share = torch.tensor(
         local_loss_share(losses), dtype=torch.float64, device=run.device.torch_device
     )

@@ -40,23 +40,24 @@ def train(run: Run) -> None:
     )
     writer = CheckpointWriter(Path(settings.checkpoint_dir), settings.checkpoint)
     iterators, evaluation_data = training_data(run)
-    measured_step, measured_time = run.step, time.monotonic()
+    measured_tokens, measured_time = run.consumed_tokens, time.monotonic()
     while run.step < last_step:
         result = train_step(run, iterators)
         if run.step % settings.logging.interval == 0 or run.step == last_step:
             metrics = measure(run, result)
             now = time.monotonic()
             if recorder is not None:
-                tokens = schedule.global_batch_size * settings.data.sequence_length
-                rate = tokens * (run.step - measured_step) / (now - measured_time)
+                rate = (run.consumed_tokens - measured_tokens) / (now - measured_time)
                 learning_rate = get_canonical_lr_for_logging(run.optimizer.param_groups)
-                recorder.record_step(run.step, metrics, result.grad_norm, learning_rate, rate)
-            measured_step, measured_time = run.step, now
+                recorder.record_step(
+                    run.step, run.consumed_tokens, metrics, result.grad_norm, learning_rate, rate
+                )
+            measured_tokens, measured_time = run.consumed_tokens, now
         interval = schedule.evaluation_interval
         if interval and (run.step % interval == 0 or run.step == schedule.steps):
             losses = evaluate_both(run, evaluation_data)
             if recorder is not None:
-                recorder.record_evaluation(run.step, *losses)
+                recorder.record_evaluation(run.step, run.consumed_tokens, *losses)
             measured_time = time.monotonic()
         if settings.checkpoint.save_interval and run.step % settings.checkpoint.save_interval == 0:
             writer.save(run)

@@ -54,12 +54,13 @@ class Recorder:
     def record_step(
         self,
         step: int,
+        tokens: int,
         metrics: StepMetrics,
         grad_norm: float,
         learning_rate: float,
         tokens_per_second: float,
     ) -> None:
-        """Write one measured step everywhere."""
+        """Write one measured step everywhere; `tokens` are those trained on so far."""
         scalars = {
             "loss": metrics.loss,
             "grad_norm": grad_norm,
@@ -72,6 +73,7 @@ class Recorder:
         self._write(
             {
                 "step": step,
+                "tokens": tokens,
                 **scalars,
                 "mtp_losses": metrics.mtp_losses,
                 "max_attention_logits": metrics.max_logits,
@@ -87,7 +89,9 @@ class Recorder:
         self._scalars(step, train | layers)
         self._show(step, scalars, metrics.mtp_losses)
 
-    def record_evaluation(self, step: int, loss: float, averaged_loss: float | None = None) -> None:
+    def record_evaluation(
+        self, step: int, tokens: int, loss: float, averaged_loss: float | None = None
+    ) -> None:
         """Write one evaluation, of the weights and perhaps of their average."""
         record, scalars = {"evaluation_loss": loss}, {"evaluation/loss": loss}
         message = f"step {step}: held-out loss {loss:.4f}"
@@ -95,7 +99,7 @@ class Recorder:
             record["averaged_evaluation_loss"] = averaged_loss
             scalars["evaluation/averaged_loss"] = averaged_loss
             message += f", of the averaged weights {averaged_loss:.4f}"
-        self._write({"step": step, **record})
+        self._write({"step": step, "tokens": tokens, **record})
         self._scalars(step, scalars)
         self.say(message)
 

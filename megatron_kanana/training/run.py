@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_kanana.checkpoint import state as checkpoint_state
 from megatron_kanana.config import Settings, checkpoint_to_start_from
+from megatron_kanana.config.batch_sizes import global_batch_size, samples_of_steps
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
 from megatron_kanana.data.loader import MicrobatchSampler, build_datasets, microbatches
 from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
@@ -73,9 +74,14 @@ class Run(Model):
     consumed_samples: int = 0
 
     @property
-    def num_microbatches(self) -> int:
-        """Forward passes of one process in one step."""
-        return self.settings.num_microbatches(dist.get_world_size())
+    def global_batch_size(self) -> int:
+        """Sequences of the next step."""
+        return global_batch_size(self.settings, self.consumed_samples)
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens the steps have used, over all processes."""
+        return self.consumed_samples * self.settings.data.sequence_length
 
 
 def build_bare_model(settings: Settings, device: Device) -> Model:
@@ -166,7 +172,8 @@ def training_data(run: Run) -> tuple[DataIterators, Any]:
     """Iterators over the rest of the run's training microbatches, and the evaluation dataset."""
     schedule = run.settings.schedule
     evaluation_samples = schedule.evaluation_batches * schedule.global_batch_size
-    train_samples = schedule.steps * schedule.global_batch_size
+    rest = samples_of_steps(run.settings, schedule.steps - run.step, run.consumed_samples)
+    train_samples = run.consumed_samples + rest
     train, evaluation = build_datasets(
         run.settings.data,
         prepare_blend(run.settings),

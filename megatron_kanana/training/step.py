@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
@@ -40,10 +41,12 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
 
     The step with number k (from 1) uses the learning rate the schedule gives for k.
     """
+    batch_size = run.global_batch_size
+    num_microbatches = run.settings.num_microbatches(dist.get_world_size(), batch_size)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    losses = run_schedule(run, iterators, run.num_microbatches, forward_only=False)
+    losses = run_schedule(run, iterators, num_microbatches, forward_only=False)
     run.scheduler.step(increment=1)
     if run.qk_clip is not None:
         run.qk_clip.max_logits = run.attention_logits.reduce()
@@ -52,8 +55,8 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
     run.step += 1
     if run.weight_average is not None:
         run.weight_average.update(run.step)
-    run.consumed_samples += run.settings.schedule.global_batch_size
-    mtp_losses = take_mtp_losses(run.num_microbatches)
+    run.consumed_samples += batch_size
+    mtp_losses = take_mtp_losses(num_microbatches)
     return StepResult(
         losses, mtp_losses, math.nan if grad_norm is None else float(grad_norm), bool(applied)
     )

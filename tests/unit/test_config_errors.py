@@ -118,6 +118,22 @@ BAD = {
         "pip install --no-build-isolation -e .",
         Environment(has_native_library=False),
     ),
+    "batch size changes out of order": Bad(
+        (
+            "schedule.batch_size_changes=[{tokens:2e6,global_batch_size:32},"
+            "{tokens:1e6,global_batch_size:64}]",
+        ),
+        "schedule.batch_size_changes[1].tokens",
+        "1000000.0",
+        "by growing tokens",
+    ),
+    "later batch that cannot be dealt out": Bad(
+        ("schedule.batch_size_changes=[{tokens:2e6,global_batch_size:28}]",),
+        "schedule.batch_size_changes[0].global_batch_size",
+        "28",
+        "choose a multiple of 16",
+        world(2),
+    ),
     "base width without whole heads": Bad(
         ("transfer.base_hidden_size=80",),
         "transfer.base_hidden_size",

@@ -30,8 +30,10 @@ def record(
             expert_loads={2: [3.0, 1.0, 2.0, 2.0]},
             mtp_losses=list(mtp_losses),
         )
-        recorder.record_step(step, metrics, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=9)
-    recorder.record_evaluation(last, 4.25)
+        recorder.record_step(
+            step, 64 * step, metrics, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=9
+        )
+    recorder.record_evaluation(last, 64 * last, 4.25)
     recorder.close()
 
 
