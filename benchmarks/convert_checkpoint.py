@@ -58,7 +58,7 @@ def measure(layers: int, runs: int, folder: Path) -> list[Row]:
     # In another process: memory that this one once used would count as its children's.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         num_bytes, largest = pool.submit(write_source, model, source).result()
-    commands = {
+    commands: dict[str, list[str | Path]] = {
         "to-megatron": ["--hf", source, "--out", checkpoint],
         "to-hf": ["--megatron", checkpoint, "--out", back],
         "verify": ["--hf", back, "--megatron", checkpoint],
@@ -66,8 +66,7 @@ def measure(layers: int, runs: int, folder: Path) -> list[Row]:
     rates: dict[str, list[float]] = {"copy": [], **{name: [] for name in commands}}
     peaks: dict[str, list[int]] = {name: [] for name in commands}
     for _ in range(runs):
-        seconds, _ = run("cp", "-r", source, folder / "copy")
-        run("sync", "-f", folder)
+        seconds, _ = run("sh", "-c", f"cp -r {source} {folder}/copy && sync -f {folder}")
         rates["copy"].append(num_bytes / seconds)
         shutil.rmtree(folder / "copy")
         for name, arguments in commands.items():
@@ -84,7 +83,7 @@ def measure(layers: int, runs: int, folder: Path) -> list[Row]:
         rows.append(Row(f"{what}: {name}, peak memory above it", "GiB", peak / 2**30, runs=runs))
     for name in commands:
         rate = statistics.median(rates[name]) / 1e9
-        rows.append(Row(f"{what}: {name}", "GB/s", rate, "cp", copy, rate / copy, runs))
+        rows.append(Row(f"{what}: {name}", "GB/s", rate, "cp and sync", copy, rate / copy, runs))
     return rows
 
 
@@ -94,7 +93,7 @@ def write_source(model: ModelSettings, folder: Path) -> tuple[int, int]:
     config = hugging_face_config(model, "bfloat16", end_of_text=None)
     (folder / CONFIG_FILE).write_text(json.dumps(config))
     entries = [Entry(p.hugging_face, torch.bfloat16, p.shape) for p in placements(model)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(group_by_size(entries, SHARD_BYTES)):
         file = f"model-{number:05d}.safetensors"
         tensors = {entry.name: torch.randn(entry.shape, dtype=entry.dtype) for entry in part}

@@ -161,9 +161,9 @@ def test_an_interrupted_conversion_goes_on_and_ends_alike(
         (to_megatron.HuggingFaceModel, checkpoint, ("to-megatron", "--hf", source)),
         (to_hugging_face.MegatronModel, back, ("to-hf", "--megatron", checkpoint)),
     ):
-        command = (*arguments, "--out", target)
+        command: list[str | Path] = [*arguments, "--out", target]
         if arguments[0] == "to-hf":
-            command += ("--max-shard-gb", "4e-6")
+            command += ["--max-shard-gb", "4e-6"]
         read = model.read
         with monkeypatch.context() as patch:
             patch.setattr(model, "read", interrupt_after(calls, read))
