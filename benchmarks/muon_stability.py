@@ -104,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adamw-rate", type=float, default=1e-3)
     parser.add_argument("--high-rates", type=float, nargs="+", default=[1e-2, 3e-2])
     parser.add_argument("--processes", type=int, default=8, help="runs beside one another")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end every run after that")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR)
     return parser.parse_args()
 
@@ -132,12 +133,22 @@ def run_all(
     ]
     # One process makes tokenizer and datasets before several look for them.
     start_one(Experiment("data", ("stop_after_step=1",)), common, folder).wait()
-    waiting, running = list(chosen), []
+    deadline = time.monotonic() + 60 * options.minutes
+    waiting = list(chosen)
+    running: dict[str, subprocess.Popen[bytes]] = {}
     while waiting or running:
         while waiting and len(running) < options.processes:
-            running.append(start_one(waiting.pop(0), common, folder))
+            experiment = waiting.pop(0)
+            running[experiment.name] = start_one(experiment, common, folder)
         time.sleep(0.5)
-        running = [process for process in running if process.poll() is None]
+        for name, process in list(running.items()):
+            if time.monotonic() > deadline:
+                process.terminate()
+            if process.poll() is not None:
+                del running[name]
+                print(f"{name}: exit code {process.returncode}", flush=True)
+                if process.returncode:
+                    print((folder / f"{name}.log").read_text()[-2000:], flush=True)
     return {
         experiment.name: read_records(folder / experiment.name / "metrics.jsonl")
         for experiment in chosen
