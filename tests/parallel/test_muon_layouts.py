@@ -41,7 +41,9 @@ LAYOUTS = {
     "TP2 x EP2": (2, (TENSOR, EXPERT)),
     "expert-TP2 with DP2": (2, (EXPERT_TENSOR,)),
     "DP2 x PP2": (4, (PIPELINE,)),
+    "TP2 x DP2": (4, (TENSOR,)),
 }
+GOING_ON = ("DP2", "TP2 x EP2")  # from whose middle another run starts
 Records = list[dict[str, Any]]
 
 
@@ -65,15 +67,17 @@ def runs(folder: Path, cache_dir: Path) -> dict[str, Records]:
         "one": (start, *SAVE_IN_THE_MIDDLE),
         "one again": (f"checkpoint.load={checkpoint(folder, 'one', MIDDLE)}",),
     }
-    on_two = {
-        name: (start, *SAVE_IN_THE_MIDDLE, *layout)
-        for name, (processes, layout) in LAYOUTS.items()
-        if processes == 2
-    }
+    on_two, on_four = (
+        {
+            name: (start, *(SAVE_IN_THE_MIDDLE if name in GOING_ON else ()), *layout)
+            for name, (processes, layout) in LAYOUTS.items()
+            if processes == number
+        }
+        for number in (2, 4)
+    )
     on_two["DP2 again"] = (f"checkpoint.load={checkpoint(folder, 'DP2', MIDDLE)}",)
     moved = checkpoint(folder, "TP2 x EP2", MIDDLE)
     on_two["from TP2 x EP2 to PP2"] = (f"checkpoint.load={moved}", PIPELINE)
-    on_four = {"DP2 x PP2": (start, PIPELINE)}
     records: dict[str, Records] = {}
     for processes, jobs in ((1, on_one), (2, on_two), (4, on_four)):
         complete = {
