@@ -38,6 +38,7 @@ from .several_runs import (
 
 BASE_HIDDEN_SIZE, BASE_NUM_EXPERTS = 128, 8
 OPTIMIZERS = ("adamw", "muon")
+INIT_STD = 0.06  # 0.68 / sqrt(base width), as 0.02 is for a width of about 1,000
 NEAREST = 3  # learning rates of a parabola
 
 
@@ -135,6 +136,7 @@ def run_overrides(options: argparse.Namespace) -> list[str]:
     """What all runs have in common."""
     warmup, decay = options.steps // 10, options.steps // 5
     return [
+        f"model.init_std={INIT_STD}",
         "model.num_layers=3",
         "model.num_experts_per_token=2",
         "model.ffn_hidden_size=512",

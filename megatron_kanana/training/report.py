@@ -88,9 +88,13 @@ def _plots(steps: Records, evaluations: Records) -> str:
     loss, rate, norm, logits, violation, load = grid.flat
     _curve(loss, steps, "loss", "Loss (nats a token)")
     _mtp_losses(loss, steps)
-    if evaluations:
-        x = [record["step"] for record in evaluations]
-        loss.plot(x, [r["evaluation_loss"] for r in evaluations], "o--", label="held out")
+    for name, style, label in (
+        ("evaluation_loss", "o--", "held out"),
+        ("averaged_evaluation_loss", "s--", "held out, averaged weights"),
+    ):
+        points = [(record["step"], record[name]) for record in evaluations if name in record]
+        if points:
+            loss.plot(*zip(*points, strict=True), style, label=label)
     loss.legend()
     _curve(rate, steps, "learning_rate", "Learning rate")
     _curve(norm, steps, "grad_norm", "Gradient norm before clipping")

@@ -23,6 +23,7 @@ EVALUATED = AVERAGED[2:]
 SAVED = ("checkpoint.save_interval=2", "checkpoint.keep_last=10", f"stop_after_step={LAST}")
 BF16 = "precision=bf16"
 MUON = "optimizer=muon"
+MUP = "transfer.base_hidden_size=32"  # its factors are the same in every layout, too
 PREFIX = "optimizer.state.weight_average."
 
 
@@ -44,7 +45,7 @@ def runs(folder: Path, cache_dir: Path) -> dict[str, list[dict[str, Any]]]:
             "half": (*AVERAGED, BF16, MUON, "stop_after_step=3"),
             "resumed": (*AVERAGED, BF16, MUON, *from_checkpoint(folder, "half", 3)),
             "late": (*AVERAGED, BF16, MUON, *from_checkpoint(folder, "without", 4)),
-            "fp32": (*AVERAGED, *SAVED),
+            "fp32": (*AVERAGED, *SAVED, MUP),
         },
     )
 
@@ -129,8 +130,8 @@ def test_averages_are_the_same_in_other_layouts(
         folder,
         cache_dir,
         {
-            "first": (*AVERAGED, tensor, "stop_after_step=3"),
-            "second": (*AVERAGED, expert, *from_checkpoint(folder, "first", 3)),
+            "first": (*AVERAGED, MUP, tensor, "stop_after_step=3"),
+            "second": (*AVERAGED, MUP, expert, *from_checkpoint(folder, "first", 3)),
         },
         processes=2,
     )
