@@ -154,7 +154,7 @@ def fit_parabola(losses: Mapping[float, float], nearest: int | None = None) -> P
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if len(finite) < MIN_LEARNING_RATES:
         raise NoOptimumError(
-            f"{len(finite)} learning rates with a finite loss; a parabola needs"
+            f"too few learning rates with a finite loss: {len(finite)}; a parabola needs"
             f" {MIN_LEARNING_RATES}"
         )
     best = min(finite, key=lambda rate: finite[rate])
@@ -167,7 +167,9 @@ def fit_parabola(losses: Mapping[float, float], nearest: int | None = None) -> P
     rates = sorted(finite, key=lambda rate: abs(math.log(rate / best)))[:nearest]
     rates.sort()
     if len(rates) < MIN_LEARNING_RATES:
-        raise NoOptimumError(f"{nearest} nearest learning rates; a parabola needs three")
+        raise NoOptimumError(
+            f"too few nearest learning rates: {nearest}; a parabola needs {MIN_LEARNING_RATES}"
+        )
     x = np.log(np.array(rates) / best)
     a, b, c = np.polyfit(x, [finite[rate] for rate in rates], 2)
     if a <= 0:
@@ -189,7 +191,8 @@ def fit_law(optima: Mapping[float, float]) -> Law:
     """
     if len(optima) < MIN_OPTIMA:
         raise NoLawError(
-            f"{len(optima)} token counts have an optimum; a line with an error needs {MIN_OPTIMA}"
+            f"too few token counts with an optimum: {len(optima)}; a line whose error is known"
+            f" needs {MIN_OPTIMA}"
         )
     x, y = np.log(np.array(list(optima))), np.log(np.array(list(optima.values())))
     mean = float(x.mean())

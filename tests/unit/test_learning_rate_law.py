@@ -106,8 +106,8 @@ def test_quantiles_of_student(probability: float, degrees: int, quantile: float)
 @pytest.mark.parametrize(
     ("losses", "reason"),
     [
-        ({1e-3: 2.0, 2e-3: 1.9}, "2 learning rates"),
-        ({1e-3: 2.0, 2e-3: 1.9, 4e-3: math.nan}, "2 learning rates"),
+        ({1e-3: 2.0, 2e-3: 1.9}, "with a finite loss: 2"),
+        ({1e-3: 2.0, 2e-3: 1.9, 4e-3: math.nan}, "with a finite loss: 2"),
         ({1e-3: 2.0, 2e-3: 1.9, 4e-3: 1.85}, "the largest learning rate, 0.004"),
         ({1e-3: 1.8, 2e-3: 1.9, 4e-3: 1.95}, "try smaller ones"),
         (
@@ -135,7 +135,7 @@ def test_only_the_nearest_rates_can_be_used() -> None:
 @pytest.mark.parametrize(
     ("measurements", "words", "message"),
     [
-        ([m for m in sweep(0.0) if m.tokens < 270e9], (), "2 token counts have an optimum"),
+        ([m for m in sweep(0.0) if m.tokens < 270e9], (), "with an optimum: 2"),
         (sweep(noise=0.01), (), "R^2 ="),
         (sweep(noise=0.0), ("--min-r-squared", "1.1"), "is below 1.1"),
         ([Measurement(m.learning_rate, m.tokens, -m.loss) for m in sweep(0.0)], (), "no law"),
