@@ -205,7 +205,8 @@ def plot(sizes: dict[str, list[Sizes]], widths: Sequence[int], path: Path) -> No
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("change of the activation, root mean square")
-    panels[0].legend()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(PLACES))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
