@@ -23,7 +23,13 @@ EVALUATED = AVERAGED[2:]
 SAVED = ("checkpoint.save_interval=2", "checkpoint.keep_last=10", f"stop_after_step={LAST}")
 BF16 = "precision=bf16"
 MUON = "optimizer=muon"
-MUP = "transfer.base_hidden_size=32"  # its factors are the same in every layout, too
+FP32 = (
+    *AVERAGED,
+    # What else no layout changes: muP's factors, and which samples a growing batch has.
+    "transfer.base_hidden_size=32",
+    "schedule.global_batch_size=4",
+    "schedule.batch_size_changes=[{tokens:1000,global_batch_size:8}]",
+)
 PREFIX = "optimizer.state.weight_average."
 
 
@@ -45,7 +51,7 @@ def runs(folder: Path, cache_dir: Path) -> dict[str, list[dict[str, Any]]]:
             "half": (*AVERAGED, BF16, MUON, "stop_after_step=3"),
             "resumed": (*AVERAGED, BF16, MUON, *from_checkpoint(folder, "half", 3)),
             "late": (*AVERAGED, BF16, MUON, *from_checkpoint(folder, "without", 4)),
-            "fp32": (*AVERAGED, *SAVED, MUP),
+            "fp32": (*FP32, *SAVED),
         },
     )
 
@@ -78,7 +84,7 @@ def weights(folder: Path, run: str, step: int) -> dict[str, torch.Tensor]:
 
 
 def evaluations(records: list[dict[str, Any]], name: str) -> list[float]:
-    """A held-out loss of every evaluation."""
+    """A measurement, as often as it was made."""
     return [record[name] for record in records if name in record]
 
 
@@ -130,14 +136,16 @@ def test_averages_are_the_same_in_other_layouts(
         folder,
         cache_dir,
         {
-            "first": (*AVERAGED, MUP, tensor, "stop_after_step=3"),
-            "second": (*AVERAGED, MUP, expert, *from_checkpoint(folder, "first", 3)),
+            "first": (*FP32, tensor, "stop_after_step=3"),
+            "second": (*FP32, expert, *from_checkpoint(folder, "first", 3)),
         },
         processes=2,
     )
-    found = evaluations(moved["second"], "averaged_evaluation_loss")
-    wanted = evaluations(runs["fp32"], "averaged_evaluation_loss")[1:]
-    assert found == pytest.approx(wanted, rel=1e-5)
+    for name, after in (("averaged_evaluation_loss", 1), ("loss", 3), ("tokens", 4)):
+        found = evaluations(moved["second"], name)
+        wanted = evaluations(runs["fp32"], name)[after:]
+        assert found == pytest.approx(wanted, rel=1e-5), name
+    assert found[-1] == 64 * (4 * 4 + 2 * 8)
     ours, theirs = averages(folder, "second", LAST), averages(folder, "fp32", LAST)
     for name, average in theirs.items():
         error = (ours[name] - average).norm() / average.norm()
