@@ -60,7 +60,7 @@ def prepare_device(settings: Settings, environment: Environment) -> Device:
 
 
 def quiet_libraries() -> None:
-    """Silence warnings that no user of this project can act on: about megatron-core's code and torch's."""
+    """Silence warnings that no user of this project can act on: code of megatron-core and torch."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
