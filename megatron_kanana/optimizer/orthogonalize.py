@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .gram_iteration import can_iterate_on_gram, iterate_on_gram
+
 Coefficients = tuple[float, float, float]
 
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). Large slope at
@@ -29,6 +31,7 @@ POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
+EPSILON = 1e-7  # added to the norm, as both authors do
 POLAR_EXPRESS_SAFETY = 1.01  # room for singular values that rounding pushes above the interval
 
 
@@ -95,19 +98,30 @@ def polar_express_coefficients(steps: int) -> list[Coefficients]:
 def _iterate(
     x: torch.Tensor, coefficients: Sequence[Coefficients], norm_factor: float
 ) -> torch.Tensor:
-    if x.dtype == torch.float64:
+    matrices = x.reshape(-1, *x.shape[-2:])
+    if can_iterate_on_gram(x):
+        return iterate_on_gram(matrices, coefficients, norm_factor, EPSILON).reshape(x.shape)
+    return iterate_plainly(matrices, coefficients, norm_factor).reshape(x.shape)
+
+
+def iterate_plainly(
+    x_BMC: torch.Tensor, coefficients: Sequence[Coefficients], norm_factor: float
+) -> torch.Tensor:
+    """The iteration as it is written, on [batch, rows, columns]: the reference of every other form.
+
+    Computed in float64 if `x_BMC` is, else in bf16 on CUDA and in fp32 elsewhere.
+    """
+    compute_dtype = torch.bfloat16 if x_BMC.is_cuda else torch.float32
+    if x_BMC.dtype == torch.float64:
         compute_dtype = torch.float64
-    else:
-        compute_dtype = torch.bfloat16 if x.is_cuda else torch.float32
-    tall = x.shape[-2] > x.shape[-1]
-    wide = x.mT if tall else x
-    matrices = wide.reshape(-1, *wide.shape[-2:])
-    norm_dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=norm_dtype)
-    matrices = (matrices / (norm_factor * norm + 1e-7)).to(compute_dtype)
+    tall = x_BMC.shape[1] > x_BMC.shape[2]
+    wide = x_BMC.mT if tall else x_BMC
+    norm_dtype = torch.promote_types(wide.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True, dtype=norm_dtype)
+    wide = (wide / (norm_factor * norm + EPSILON)).to(compute_dtype)
     for a, b, c in coefficients:
-        gram = torch.bmm(matrices, matrices.mT)
+        gram = torch.bmm(wide, wide.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        matrices = torch.baddbmm(matrices, polynomial, matrices, beta=a)
-    result = matrices.reshape(wide.shape).to(x.dtype)
+        wide = torch.baddbmm(wide, polynomial, wide, beta=a)
+    result = wide.to(x_BMC.dtype)
     return result.mT.contiguous() if tall else result
