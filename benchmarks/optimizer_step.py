@@ -69,9 +69,7 @@ def measure(optimizer: str, options: argparse.Namespace, folder: Path) -> list[R
     prepare_builtin_data(tokenizer, BUILTIN_VOCABULARY)
     # The tokens are random, so any tokenizer will do beside the model's own vocabulary.
     settings.data.tokenizer, settings.model.vocab_size = str(tokenizer.tokenizer), 128256
-    process = OneProcess(settings)
-    torch.compiler.set_stance("default")
-    run = process.build(settings)
+    run = OneProcess(settings).build(settings)
 
     from megatron_kanana.training.step import run_schedule
 
