@@ -4,11 +4,11 @@ A step X <- a X + b (X X^T) X + c (X X^T)^2 X is X <- H X with R = X X^T, H = a 
 The next step's R is H R H, so that two steps need X only at their ends: X <- H_2 H_1 X. R and H are
 symmetric and commute; so do all products among them, and symmetric ones cost half.
 
-Rounding errors of R grow with the step after it, and faster with the next: one R serves two steps
-at most. One R for three, as in Gram Newton-Schulz (Zhang, Amsel, Chen, Dao, 2026: one restart,
-after the second of five steps) lets singular values overshoot where the polynomials end at 1.13.
-New factors multiply from the left, H_2 H_1, since only the lower triangle of the product is
-computed; the other order loses a digit. docs/optimizer.md has the measurements.
+Rounding errors of R grow with every step on it: one R serves two steps at most. One R for three, as
+in Gram Newton-Schulz (Zhang, Amsel, Chen, Dao, 2026: one restart, after the second of five steps),
+lets singular values overshoot to 1.23 where the polynomials end at 1.13. New factors multiply from
+the left, H_2 H_1, since only the lower triangle of the product is computed; the other order has up
+to twice the error. `python -m benchmarks.gram_rounding` shows both.
 
 Shape suffixes: B batch, M rows, C columns, N rows and K columns of the padded wide matrix.
 """
@@ -29,8 +29,8 @@ TILE = 128
 # X X^T of a matrix of Frobenius norm 1 has entries of 1e-6, where fp16 loses digits; multiplied by
 # 32^2 the largest possible entry is 1024. The first polynomial and the first product undo it.
 SCALE = 32.0
-# Two steps on one R cost 18 N^2 K + 22 N^3 floating-point operations for five steps in all, one
-# 30 N^2 K + 10 N^3: alike for square matrices, where the form with fewer roundings wins.
+# Two steps on one R cost 9 N^2 K + 11 N^3 floating-point operations for five steps in all, one step
+# 15 N^2 K + 5 N^3: alike for square matrices, where the form with fewer roundings is taken.
 WIDE = 1.25
 
 
