@@ -84,15 +84,17 @@ def normalized(x: torch.Tensor) -> torch.Tensor:
 
 def plain_bf16(x: torch.Tensor) -> torch.Tensor:
     """The iteration as it is written, every result rounded to bf16."""
-
-    def rounded(value: torch.Tensor) -> torch.Tensor:
-        return value.bfloat16().float()
-
-    wide: torch.Tensor = rounded(normalized(x))
+    wide = rounded_bf16(normalized(x))
     for a, b, c in polar_express_coefficients(STEPS):
-        gram = rounded(wide @ wide.T)
-        wide = rounded(a * wide + rounded(b * gram + c * gram @ gram) @ wide)
+        gram = rounded_bf16(wide @ wide.T)
+        polynomial = rounded_bf16(b * gram + c * gram @ gram)
+        wide = rounded_bf16(a * wide + polynomial @ wide)
     return wide
+
+
+def rounded_bf16(value: torch.Tensor) -> torch.Tensor:
+    """To bf16 and back."""
+    return value.bfloat16().float()
 
 
 def on_gram(
