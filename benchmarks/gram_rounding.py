@@ -79,7 +79,8 @@ def matrices() -> Iterator[torch.Tensor]:
 
 def normalized(x: torch.Tensor) -> torch.Tensor:
     """Divided by the norm, in fp32."""
-    return (x / (POLAR_EXPRESS_SAFETY * x.norm() + 1e-7)).float()
+    norm = torch.linalg.vector_norm(x)
+    return (x / (POLAR_EXPRESS_SAFETY * norm + 1e-7)).float()
 
 
 def plain_bf16(x: torch.Tensor) -> torch.Tensor:
