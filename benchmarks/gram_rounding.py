@@ -79,7 +79,7 @@ def matrices() -> Iterator[torch.Tensor]:
 
 def normalized(x: torch.Tensor) -> torch.Tensor:
     """Divided by the norm, in fp32."""
-    norm = torch.linalg.vector_norm(x)
+    norm: torch.Tensor = torch.linalg.vector_norm(x)
     return (x / (POLAR_EXPRESS_SAFETY * norm + 1e-7)).float()
 
 
