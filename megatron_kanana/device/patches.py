@@ -214,7 +214,7 @@ CPU_PATCHES = (
     ),
     Patch(
         "tensor_cuda",
-        "checkpoint loading moves tensors with Tensor.cuda()",
+        "the last pipeline stage moves its copy of the embedding with Tensor.cuda()",
         _tensor_cuda,
     ),
     Patch(

@@ -10,7 +10,12 @@ from megatron_kanana.device.patches import CPU_PATCHES, NO_TRANSFORMER_ENGINE_PA
 from tests.launch import CONFIG_DIR, Finished, run_python
 
 SCRIPT = "tests/parallel/train_without_patch.py"
-ONLY_WITH_EXPERT_PARALLELISM = {"split_sizes_as_arrays"}
+EXPERT_PARALLELISM = "parallel.expert_parallel_size=2"
+# Settings, on two processes, under which these are missed; the others are on one process.
+ONLY_WITH = {
+    "split_sizes_as_arrays": (EXPERT_PARALLELISM,),
+    "tensor_cuda": ("parallel.pipeline_parallel_size=2", "model.num_mtp_layers=1"),
+}
 PATCHES = [patch.name for patch in (*CPU_PATCHES, *NO_TRANSFORMER_ENGINE_PATCHES)]
 
 
@@ -25,34 +30,43 @@ def train_without(
     )
 
 
-def go_on_without(patch: str, folder: Path, cache_dir: Path, processes: int) -> Finished:
-    """Load a checkpoint, train one step on `processes`, save."""
+def go_on_without(
+    patch: str, folder: Path, cache_dir: Path, overrides: tuple[str, ...] = ()
+) -> Finished:
+    """Load a checkpoint, train one step, on two processes if there are overrides, and save."""
+    multi_token = "model.num_mtp_layers=1" in overrides
+    start = f"{folder}/start{'_multi_token' if multi_token else ''}/checkpoints/step_00000001"
     return train_without(
-        *(patch, folder, cache_dir, "stop_after_step=2"),
-        f"run_name=without_{patch}_{processes}",
-        f"checkpoint.load={folder}/start/checkpoints/step_00000001",
-        f"parallel.expert_parallel_size={processes}",
-        processes=processes,
+        *(patch, folder, cache_dir, "stop_after_step=2", f"run_name={run_name(patch, overrides)}"),
+        *(f"checkpoint.load={start}", *overrides),
+        processes=2 if overrides else 1,
     )
+
+
+def run_name(patch: str, overrides: tuple[str, ...]) -> str:
+    """Name of the run without a patch."""
+    return f"without_{patch}_{len(overrides)}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """A folder with a checkpoint to load, made with every patch; and the proof that all is well."""
     folder = tmp_path_factory.mktemp("patches")
-    start = train_without("none", folder, cache_dir, "run_name=start", "stop_after_step=1")
-    assert start.returncode == 0, start.stderr
-    for processes in (1, 2):
-        finished = go_on_without("none", folder, cache_dir, processes)
+    for name, layers in {"start": 0, "start_multi_token": 1}.items():
+        words = (f"run_name={name}", "stop_after_step=1", f"model.num_mtp_layers={layers}")
+        start = train_without("none", folder, cache_dir, *words)
+        assert start.returncode == 0, start.stderr
+    for overrides in ((), *ONLY_WITH.values()):
+        finished = go_on_without("none", folder, cache_dir, overrides)
         assert finished.returncode == 0, finished.stderr
     return folder
 
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_training_fails_without(patch: str, folder: Path, cache_dir: Path) -> None:
-    processes = 2 if patch in ONLY_WITH_EXPERT_PARALLELISM else 1
-    finished = go_on_without(patch, folder, cache_dir, processes)
+    overrides = ONLY_WITH.get(patch, ())
+    finished = go_on_without(patch, folder, cache_dir, overrides)
     assert finished.returncode != 0
     assert "Error" in finished.stderr
-    checkpoints = folder / f"without_{patch}_{processes}" / "checkpoints"
+    checkpoints = folder / run_name(patch, overrides) / "checkpoints"
     assert not (checkpoints / "step_00000002").exists()
