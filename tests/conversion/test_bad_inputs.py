@@ -118,6 +118,18 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another architecture": (changed_config(model_type="llama"), "model_type = 'llama'"),
     "a missing field": (changed_config(kv_lora_rank="deleted"), "kv_lora_rank is missing"),
     "text for a number": (changed_config(hidden_size="wide"), "model.hidden_size = wide"),
+    "text for the number of layers": (
+        changed_config(num_hidden_layers="two"),
+        "model.num_layers = two",
+    ),
+    "text for the context": (
+        changed_config(max_position_embeddings="long"),
+        "yarn original context = 'long' is no number",
+    ),
+    "text for the rotary base": (
+        changed_config(rope_theta="large"),
+        "rotary base = 'large' is no number",
+    ),
     "tied embeddings": (changed_config(tie_word_embeddings=True), "tie_word_embeddings = True"),
     "another activation": (changed_config(hidden_act="gelu"), "hidden_act = 'gelu'"),
     "softmax router": (changed_config(scoring_func="softmax"), "scoring_func = 'softmax'"),
@@ -183,6 +195,18 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
             quantization_config=FP8,
         ),
         "_scale_inv has shape [2, 2], not [1, 2]",
+    ),
+    "fp8 vector": (
+        changed_tensors(
+            lambda t: t.update(
+                {
+                    "model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn),
+                    "model.norm.weight_scale_inv": torch.ones(2),
+                }
+            ),
+            quantization_config=FP8,
+        ),
+        "model.norm.weight is fp8 of shape [32], no matrix",
     ),
     "scales of nothing": (
         changed_tensors(

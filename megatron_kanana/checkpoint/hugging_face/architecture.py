@@ -118,6 +118,11 @@ def model_settings(
             f" attention has as many as num_attention_heads = {heads}"
         )
     rotary = _rotary_settings(config, problems)
+    problems += [
+        f"config.json: {name.replace('_', ' ')} = {value!r} is no number"
+        for name, value in rotary.items()
+        if not isinstance(value, (int, float))
+    ]
     if problems:
         raise ConversionError(problems)
     # transformers writes null for "no shared experts" and for "no groups".
@@ -149,7 +154,7 @@ def _rotary_settings(config: Mapping[str, Any], problems: list[str]) -> dict[str
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     ours: dict[str, Any] = {
-        "rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "rotary_base": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
         "yarn_factor": 1.0,
         "yarn_original_context": config.get("max_position_embeddings", 4096),
     }

@@ -206,6 +206,8 @@ def _check_format(
     scale = scales.get(name + SCALE_SUFFIX)
     if scale is None or block is None:
         return [f"{name} is fp8 without {name}{SCALE_SUFFIX}: save the model in bf16"]
+    if len(entry.shape) != len(block):
+        return [f"{name} is fp8 of shape {list(entry.shape)}, no matrix: save the model in bf16"]
     blocks = tuple(-(-size // side) for size, side in zip(entry.shape, block, strict=True))
     if scale.shape != blocks:
         return [f"{name}{SCALE_SUFFIX} has shape {list(scale.shape)}, not {list(blocks)}"]

@@ -81,8 +81,9 @@ def open_hugging_face(
     """
     config = read_config(folder)
     source = SafetensorsSource(folder, config)
-    num_layers = config.get("num_hidden_layers", 0)
-    mtp_tensors = _mtp_tensors(source, num_layers)
+    num_layers = config.get("num_hidden_layers")
+    # Where it is no number, the settings say so below.
+    mtp_tensors = _mtp_tensors(source, num_layers) if isinstance(num_layers, int) else {}
     if mtp_tensors and mtp is None:
         raise ConversionError(
             [
