@@ -167,7 +167,7 @@ def start_one(
 
 def card_rows(records: dict[str, list[dict[str, Any]]]) -> list[Row]:
     """Figures of every run; those of MuonClip beside those of Muon alone."""
-    figures = {name: summary(run) for name, run in records.items()}
+    figures = {name: summary(run) for name, run in records.items() if run}
     rows = []
     for name, values in figures.items():
         peer = name.replace("MuonClip", "Muon")
