@@ -43,7 +43,10 @@ inline float exp_nonpositive(float x) {
 }  // namespace
 
 WIDEST_VECTORS
-float causal_softmax_row(float* row, int64_t length, int64_t visible, float scale) {
+float causal_softmax_row(float* whole_row, int64_t length, int64_t first, int64_t stop,
+                         float scale) {
+  float* const row = whole_row + first;
+  const int64_t visible = stop - first;
   float lane_max[kLanes];
   std::fill(lane_max, lane_max + kLanes, -std::numeric_limits<float>::infinity());
   const int64_t whole = visible - visible % kLanes;
@@ -74,7 +77,8 @@ float causal_softmax_row(float* row, int64_t length, int64_t visible, float scal
   for (const float partial : lane_sum) sum += partial;
   const float inverse = 1.0f / sum;
   for (int64_t i = 0; i < visible; ++i) row[i] *= inverse;
-  std::fill(row + visible, row + length, 0.0f);
+  std::fill(whole_row, row, 0.0f);
+  std::fill(row + visible, whole_row + length, 0.0f);
   return maximum;
 }
 

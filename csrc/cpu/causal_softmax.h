@@ -5,9 +5,9 @@
 
 namespace megatron_kanana::cpu {
 
-// Replaces row[0, visible) by softmax(scale * row[0, visible)) and the rest of the row by zero.
-// Returns the largest scaled score that was visible.
-float causal_softmax_row(float* row, int64_t length, int64_t visible, float scale);
+// Replaces row[first, stop) by softmax(scale * row[first, stop)) and the rest of the row by zero.
+// Returns the largest scaled score that was visible. 0 <= first < stop <= length.
+float causal_softmax_row(float* row, int64_t length, int64_t first, int64_t stop, float scale);
 
 // Replaces grad[0, visible) by the gradient with respect to the unscaled scores, given the
 // gradient with respect to the probabilities, and the rest of the row by zero.

@@ -49,6 +49,11 @@ class MaxLogitCoreAttention(MegatronModule):
         """[sequence, batch, heads, width] each -> [sequence, batch, heads * value width].
 
         Keys and values may be more than the queries, which then are the last positions.
+
+        Args:
+            attention_mask: int [batch, sequence], the document of each token as `causal_attention`
+                takes it. megatron-core hands this argument on as it is, so it need not be a mask
+                of sequence by sequence.
         """
         out, max_logits = causal_attention(
             query,
@@ -57,6 +62,7 @@ class MaxLogitCoreAttention(MegatronModule):
             self.softmax_scale,
             backend=self.backend,
             with_max_logits=self.training,
+            segment_ids_BS=attention_mask,
         )
         if max_logits is not None:
             previous = self.max_logits

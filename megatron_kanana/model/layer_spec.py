@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from .attention import MaxLogitCoreAttention
 from .norm import RMSNorm
+from .router import PaddingAwareRouter
 
 
 def block_spec(
@@ -119,5 +120,6 @@ def _moe_spec() -> ModuleSpec:
         submodules=MoESubmodules(
             experts=ModuleSpec(module=SequentialMLP, submodules=_mlp_submodules()),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules()),
+            router=PaddingAwareRouter,
         ),
     )

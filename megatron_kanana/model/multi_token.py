@@ -15,27 +15,44 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from .segments import mask_within_documents
+
 
 class MultiTokenGPTModel(GPTModel):
     """A GPTModel whose multi-token prediction layers run in training forwards with labels only.
 
     Layer k predicts the token k places after the next one, from the hidden states of layer k - 1
     (the model's own, after its final norm, for k = 1) and the embedding of the token k places on:
-    equations 21 to 25. Each layer's loss is the mean over its labels that count.
+    equations 21 to 25. Each layer's loss is the mean over its labels that count. Nothing is
+    predicted from one document into the next.
     """
 
     def forward(
         self,
-        *inputs: Any,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
+        loss_weight: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """As GPTModel's; `loss_mask` is [batch, sequence], one where a label counts.
+        """As GPTModel's.
 
         A microbatch without any label for the last layer teaches the layers nothing; the losses
         reported for it are means over all its tokens.
+
+        Args:
+            input_ids, position_ids, labels: [batch, sequence].
+            attention_mask: each token's document, int [batch, sequence], or None for one document.
+                With several layers, a document's first tokens are no labels, as many as there are
+                layers.
+            loss_mask: [batch, sequence], one where a label counts.
+            loss_weight: weight of a token's loss, of no dimension; the losses are then weighted
+                sums instead of means.
         """
+        inputs = (input_ids, position_ids, attention_mask)
         if not self.mtp_process:
             return super().forward(*inputs, labels=labels, **options)
         if labels is None or not self.training:
@@ -46,10 +63,18 @@ class MultiTokenGPTModel(GPTModel):
         # In fp32, in which the labels are counted. megatron-core divides by that count: where it
         # is zero, all labels are taken and weighed with zero.
         loss_mask = loss_mask.float()
+        if attention_mask is not None:
+            loss_mask = mask_within_documents(loss_mask, attention_mask, self.config.mtp_num_layers)
         any_label = loss_mask[:, self.config.mtp_num_layers :].any()
         loss_mask = torch.where(any_label, loss_mask, 1.0)
+        scale = self.config.mtp_loss_scaling_factor * any_label
+        if loss_weight is not None:
+            scale = scale * loss_weight
         with _set(
-            self.config, mtp_loss_scaling_factor=self.config.mtp_loss_scaling_factor * any_label
+            self.config,
+            mtp_loss_scaling_factor=scale,
+            # Has GPTModel take sums; schedules and routers have read it before, or read it later.
+            calculate_per_token_loss=loss_weight is not None,
         ):
             return super().forward(*inputs, labels=labels, loss_mask=loss_mask, **options)
 

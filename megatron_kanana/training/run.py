@@ -186,7 +186,11 @@ def training_data(run: Run) -> tuple[DataIterators, Any]:
 
 
 def data_iterators(run: Run, dataset: Any, consumed_samples: int, total: int) -> DataIterators:
-    """Microbatches for each model chunk that embeds tokens or computes the loss."""
+    """Microbatches for each model chunk that embeds tokens or computes the loss.
+
+    A dataset whose samples have `segment_ids` says so by a true attribute `has_segment_ids`. Every
+    chunk gets its microbatches, as attention everywhere keeps the documents apart.
+    """
     sampler = MicrobatchSampler(
         consumed_samples,
         total,
@@ -197,7 +201,8 @@ def data_iterators(run: Run, dataset: Any, consumed_samples: int, total: int) ->
 
     def needs_data(vp_stage: int | None) -> bool:
         return bool(
-            parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+            getattr(dataset, "has_segment_ids", False)
+            or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
             or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         )
 

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from megatron_kanana.model.multi_token import take_mtp_losses
+from megatron_kanana.model.segments import padding_mask
 
 from .run import DataIterators, Run
 
@@ -87,18 +88,36 @@ def _forward_step(run: Run, iterator: Iterator[Any] | None, chunk: Any) -> Any:
         name: tensor.to(run.device.torch_device, non_blocking=True)
         for name, tensor in next(iterator).items()
     }
-    mask = batch["loss_mask"]
+    mask, weight = batch["loss_mask"], batch.get("loss_weight")
+    segment_ids = batch.get("segment_ids")
+    options = {}
+    if segment_ids is not None:
+        options["padding_mask"] = padding_mask(segment_ids, chunk)
+    if weight is not None and run.config.mtp_num_layers:
+        options["loss_weight"] = weight
     out = chunk(
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=mask
+        batch["tokens"],
+        batch["position_ids"],
+        segment_ids,  # the attention mask, which our core attention takes in this form
+        labels=batch["labels"],
+        loss_mask=mask,
+        **options,
     )
-    return out, partial(masked_mean_loss, mask)
+    return out, partial(masked_loss, mask, weight)
 
 
-def masked_mean_loss(
-    loss_mask: torch.Tensor, losses: torch.Tensor
+def masked_loss(
+    loss_mask: torch.Tensor, weight: torch.Tensor | None, losses: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean over the tokens that count, of [batch, sequence] losses; for the schedule and for us."""
-    loss = (losses.float() * loss_mask).sum() / loss_mask.sum().clamp(min=1.0)
+    """Loss of a microbatch, for the schedule and for us.
+
+    Args:
+        loss_mask: [batch, sequence], one where a token counts.
+        weight: of each token; None takes the mean over those that count.
+        losses: [batch, sequence].
+    """
+    total = (losses.float() * loss_mask).sum()
+    loss = total / loss_mask.sum().clamp(min=1.0) if weight is None else total * weight
     return loss, {"loss": loss.detach().clone()}  # the schedule divides the first in place
 
 

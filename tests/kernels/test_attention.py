@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_kanana.kernels.attention import causal_attention
+from megatron_kanana.kernels.attention import causal_attention, first_keys
 from megatron_kanana.kernels.backend import choose_backend, native_library_error
 
 # sequence, batch, heads, query-key width, value width
@@ -15,14 +15,22 @@ SHAPES = [(1, 1, 1, 8, 8), (7, 2, 3, 24, 16), (64, 1, 2, 192, 128), (129, 3, 4, 
 
 
 def float64_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    segment_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Definition, element by element, in float64."""
-    length = query.shape[0]
+    length, batch = query.shape[:2]
+    if segment_ids is None:
+        segment_ids = torch.zeros(batch, length, dtype=torch.int32, device=query.device)
     logits = torch.einsum("sbnh,tbnh->bnst", query, key) * scale
-    visible = torch.arange(length)[:, None] >= torch.arange(length)[None, :]
-    logits = torch.where(visible.to(logits.device), logits, -math.inf)
-    return torch.einsum("bnst,tbnv->sbnv", logits.softmax(-1), value), logits.amax((0, 2, 3))
+    visible = (torch.arange(length)[:, None] >= torch.arange(length)[None, :]).to(logits.device)
+    visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    logits = torch.where(visible, logits, -math.inf)
+    counted = torch.where((segment_ids >= 0)[:, None, :, None], logits, -math.inf)
+    return torch.einsum("bnst,tbnv->sbnv", logits.softmax(-1), value), counted.amax((0, 2, 3))
 
 
 def random_inputs(
@@ -36,8 +44,23 @@ def random_inputs(
     return [tensor.to(device, dtype) for tensor in tensors]
 
 
+def random_segments(batch: int, length: int, device: str) -> torch.Tensor:
+    """Documents of random lengths, of each sample others, with padding behind the last."""
+    generator = torch.Generator().manual_seed(length)
+    begins = torch.rand(batch, length, generator=generator) < 0.2
+    ids = begins.cumsum(1) - begins[:, :1].int()
+    padding = torch.randint(length // 3 + 1, (batch, 1), generator=generator)
+    ids = torch.where(torch.arange(length) < length - padding, ids, -1)
+    return ids.to(device, torch.int32)
+
+
 def largest_errors(
-    backend: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str
+    backend: str,
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    documents: bool = False,
 ) -> dict[str, float]:
     """Largest absolute error of the output, the maxima and each gradient."""
     scale = shape[3] ** -0.5
@@ -45,11 +68,20 @@ def largest_errors(
     ours = [tensor.clone().requires_grad_() for tensor in inputs]
     query, key, value = ours
     exact = [tensor.double().requires_grad_() for tensor in inputs]
-    out, maxima = causal_attention(query, key, value, scale, backend=backend, with_max_logits=True)
+    segment_ids = random_segments(shape[1], shape[0], device) if documents else None
+    out, maxima = causal_attention(
+        query,
+        key,
+        value,
+        scale,
+        backend=backend,
+        with_max_logits=True,
+        segment_ids_BS=segment_ids,
+    )
     assert maxima is not None
     assert maxima.dtype == torch.float32
     assert not maxima.requires_grad
-    exact_out, exact_maxima = float64_attention(exact[0], exact[1], exact[2], scale)
+    exact_out, exact_maxima = float64_attention(exact[0], exact[1], exact[2], scale, segment_ids)
     grads = torch.autograd.grad(out, ours, grad)
     exact_grads = torch.autograd.grad(exact_out, exact, grad.double())
     pairs = {
@@ -63,14 +95,52 @@ def largest_errors(
     return {name: float((a.double() - b).detach().abs().max()) for name, (a, b) in pairs.items()}
 
 
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", ["torch", "csrc"])
+@pytest.mark.parametrize("backend", ["torch", "csrc", "sdpa"])
 def test_cpu_backends_agree_with_float64(
-    backend: str, shape: tuple[int, int, int, int, int]
+    backend: str, shape: tuple[int, int, int, int, int], documents: bool
 ) -> None:
     assert native_library_error() is None
-    errors = largest_errors(backend, shape, torch.float32, "cpu")
+    errors = largest_errors(backend, shape, torch.float32, "cpu", documents=documents)
     assert max(errors.values()) < 5e-6, errors
+
+
+@pytest.mark.parametrize("backend", ["torch", "csrc", "sdpa"])
+def test_documents_of_one_sequence_do_not_see_one_another(backend: str) -> None:
+    query, key, value, _ = random_inputs((20, 2, 2, 16, 8), torch.float32, "cpu", seed=7)
+    segment_ids = torch.tensor([[0] * 7 + [1] * 9 + [-1] * 4, [0] * 20], dtype=torch.int32)
+    together, maxima = causal_attention(
+        query,
+        key,
+        value,
+        0.25,
+        backend=backend,
+        with_max_logits=True,
+        segment_ids_BS=segment_ids,
+    )
+    assert maxima is not None
+    found = []
+    for sample, document in ((0, slice(0, 7)), (0, slice(7, 16)), (1, slice(0, 20))):
+        alone, its_maxima = causal_attention(
+            query[document, sample : sample + 1],
+            key[document, sample : sample + 1],
+            value[document, sample : sample + 1],
+            0.25,
+            backend=backend,
+            with_max_logits=True,
+        )
+        torch.testing.assert_close(together[document, sample], alone[:, 0], rtol=0, atol=1e-6)
+        assert its_maxima is not None
+        found.append(its_maxima)
+    torch.testing.assert_close(maxima, torch.stack(found).amax(0), rtol=1e-6, atol=1e-6)
+    assert together.isfinite().all()
+
+
+def test_first_keys_are_where_documents_begin() -> None:
+    segment_ids = torch.tensor([[0, 0, 1, 2, 2, -1, -1], [0, 1, 1, 1, 1, 1, 1]])
+    expected = [[0, 0, 2, 3, 3, 5, 5], [0, 1, 1, 1, 1, 1, 1]]
+    assert first_keys(segment_ids).tolist() == expected
 
 
 @pytest.mark.parametrize("backend", ["torch", "csrc"])
@@ -122,6 +192,10 @@ def test_native_operations_refuse_wrong_shapes_and_dtypes() -> None:
         softmax(torch.zeros(2, 3, 3, dtype=torch.float64), 1.0)
     with pytest.raises(RuntimeError, match="contiguous"):
         softmax(torch.zeros(3, 3, 2).permute(2, 0, 1), 1.0)
+    with pytest.raises(RuntimeError, match=r"first_keys must have shape \[samples, sequence\]"):
+        softmax(torch.zeros(4, 3, 3), 1.0, torch.zeros(3, 3, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="first_keys must be int32"):
+        softmax(torch.zeros(4, 3, 3), 1.0, torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_auto_backend_takes_the_compiled_operations_on_a_cpu() -> None:
@@ -131,12 +205,13 @@ def test_auto_backend_takes_the_compiled_operations_on_a_cpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", ["torch", "sdpa"])
 def test_gpu_backends_agree_with_float64(
-    backend: str, shape: tuple[int, int, int, int, int]
+    backend: str, shape: tuple[int, int, int, int, int], documents: bool
 ) -> None:
-    errors = largest_errors(backend, shape, torch.bfloat16, "cuda")
+    errors = largest_errors(backend, shape, torch.bfloat16, "cuda", documents=documents)
     assert errors["output"] < 2**-6, errors
     assert errors["max logits"] < 5e-2, errors
     assert max(errors.values()) < 1e-1, errors
@@ -145,7 +220,16 @@ def test_gpu_backends_agree_with_float64(
 @pytest.mark.gpu
 def test_gpu_max_logits_cover_every_block_of_rows() -> None:
     query, key, value, _ = random_inputs((2500, 1, 2, 192, 128), torch.bfloat16, "cuda", seed=5)
-    _, maxima = causal_attention(query, key, value, 0.1, backend="sdpa", with_max_logits=True)
-    _, exact = float64_attention(query.double(), key.double(), value.double(), 0.1)
-    assert maxima is not None
-    torch.testing.assert_close(maxima.double(), exact, rtol=1e-2, atol=0)
+    for segment_ids in (None, random_segments(1, 2500, "cuda")):
+        _, maxima = causal_attention(
+            query,
+            key,
+            value,
+            0.1,
+            backend="sdpa",
+            with_max_logits=True,
+            segment_ids_BS=segment_ids,
+        )
+        _, exact = float64_attention(query.double(), key.double(), value.double(), 0.1, segment_ids)
+        assert maxima is not None
+        torch.testing.assert_close(maxima.double(), exact, rtol=1e-2, atol=0)

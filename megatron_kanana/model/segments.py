@@ -1,0 +1,44 @@
+"""Documents that share a sequence: what the model is told of them beside their numbers.
+
+`segment_ids`, int [batch, sequence], numbers the documents of each sample from 0 in the order in
+which they lie; padding is -1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+
+
+def padding_mask(segment_ids: torch.Tensor, chunk: Any) -> torch.Tensor:
+    """Where there is padding, as a model chunk takes it: bool [batch, sequence or a part of it].
+
+    megatron-core deals the mask out over the processes of sequence parallelism where tokens are
+    embedded, and expects each process's part elsewhere.
+    """
+    padding_BS: torch.Tensor = segment_ids < 0
+    model = unwrap_model(chunk)
+    if model.pre_process or not model.config.sequence_parallel:
+        return padding_BS
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    rank: int = parallel_state.get_tensor_model_parallel_rank()
+    return padding_BS.chunk(ranks, dim=1)[rank]
+
+
+def mask_within_documents(
+    loss_mask: torch.Tensor, segment_ids: torch.Tensor, distance: int
+) -> torch.Tensor:
+    """`loss_mask` without the labels of which a document has fewer than `distance` tokens before.
+
+    Args:
+        loss_mask: [batch, sequence], one where the label of a position counts.
+        segment_ids: [batch, sequence].
+        distance: how many positions before the label's the prediction is made, at least 1.
+    """
+    same = segment_ids[:, distance:] == segment_ids[:, :-distance]
+    kept = torch.zeros_like(segment_ids, dtype=torch.bool)
+    kept[:, distance:] = same
+    return torch.where(kept, loss_mask, 0)
