@@ -85,6 +85,8 @@ def measure(optimizer: str, options: argparse.Namespace, folder: Path) -> list[R
             run.qk_clip.max_logits = run.attention_logits.reduce()
         run.optimizer.step()
 
+    parameters = sum(p.numel() for chunk in run.chunks for p in chunk.parameters())
+    print(f"{optimizer}: {parameters / 1e9:.2f}e9 parameters", flush=True)
     times: dict[Callable[[], None], list[float]] = {passes: [], update: []}
     run.scheduler.step(increment=1)
     for _ in range(WARM_UP + TIMED):  # the update follows each timing of the passes, as in a run
@@ -94,10 +96,14 @@ def measure(optimizer: str, options: argparse.Namespace, folder: Path) -> list[R
             part()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+        print(
+            f"{optimizer}: {MICROBATCHES} microbatches {times[passes][-1]:.3f} s,"
+            f" update {times[update][-1]:.3f} s",
+            flush=True,
+        )
     pass_time, update_time = (statistics.median(part[WARM_UP:]) for part in times.values())
     microbatches = STEP_TOKENS / (options.sequences * options.sequence_length)
     whole = pass_time / MICROBATCHES * microbatches
-    parameters = sum(p.numel() for chunk in run.chunks for p in chunk.parameters())
     return [
         Row(f"{optimizer}: parameters", "1e9", parameters / 1e9),
         Row(f"{optimizer}: passes of a step of {STEP_TOKENS:,} tokens", "s", whole, runs=TIMED),

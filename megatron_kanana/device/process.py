@@ -64,6 +64,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
+    warnings.filterwarnings(
+        "ignore", message=r"barrier\(\): using the device under current context"
+    )
     warnings.filterwarnings("ignore", message=".*pynvml package is deprecated.*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -76,10 +79,10 @@ def initialize_process_groups(settings: Settings, device: Device) -> None:
 
     if "RANK" not in os.environ:
         _pose_as_single_process()
+    # Without device_id, each NCCL group takes GPU memory when it is first used, and the many groups
+    # of megatron-core that a layout never uses take none.
     dist.init_process_group(
-        "nccl" if device.is_cuda else "gloo",
-        timeout=datetime.timedelta(minutes=30),
-        device_id=device.torch_device if device.is_cuda else None,
+        "nccl" if device.is_cuda else "gloo", timeout=datetime.timedelta(minutes=30)
     )
     parallel = settings.parallel
     parallel_state.initialize_model_parallel(
