@@ -51,9 +51,30 @@ def save_hugging_face_tokenizer(path: Path, folder: Path) -> None:
     }
     translated = _translate(model)
     translated.add_special_tokens(
-        [AddedToken(name, normalized=False, special=True) for name in special.values()]
+        [
+            AddedToken(piece.piece, normalized=False, special=True)
+            for piece in model.pieces
+            if piece.type == _Piece.CONTROL
+        ]
+    )
+    translated.add_tokens(
+        [
+            AddedToken(piece.piece, normalized=False)
+            for piece in model.pieces
+            if piece.type == _Piece.USER_DEFINED and len(piece.piece) > 1
+        ]
     )
     translated.save(str(folder / TOKENIZER_JSON))
+    write_configuration(folder, special)
+
+
+def write_configuration(folder: Path, special: dict[str, str]) -> None:
+    """Write what transformers wants beside tokenizer.json, the chat template with it.
+
+    Args:
+        folder: to write to.
+        special: names of tokens by role, such as eos_token.
+    """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -72,7 +93,7 @@ def _untranslatable(model: Any) -> str | None:
     """Why the model's segmentation is not that of a BPE of `tokenizers`, or None if it is."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     pieces = {piece.piece for piece in model.pieces if piece.type == _Piece.NORMAL}
-    user_defined = [piece.piece for piece in model.pieces if piece.type == _Piece.USER_DEFINED]
+    tags = [piece.piece for piece in model.pieces if piece.type == _Piece.USER_DEFINED]
     reasons = {
         "it is no BPE model": trainer.model_type != trainer.BPE,
         "it has no byte fallback": not trainer.byte_fallback,
@@ -80,7 +101,7 @@ def _untranslatable(model: Any) -> str | None:
         or normalizer.remove_extra_whitespaces,
         "it adds a space in front": normalizer.add_dummy_prefix,
         "it does not mark spaces": not normalizer.escape_whitespaces,
-        "it has user-defined pieces of several characters": any(len(p) > 1 for p in user_defined),
+        "a user-defined piece holds a space": any(SPACE in tag for tag in tags if len(tag) > 1),
         "it has unused pieces": any(piece.type == _Piece.UNUSED for piece in model.pieces),
         "a piece holds a character that is no piece": not pieces.issuperset("".join(pieces)),
     }

@@ -45,6 +45,12 @@ class HuggingFaceTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, in one call."""
+        self._tokenizer.encode_special_tokens = True
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text to be continued, behind what the tokenizer puts first."""
         self._tokenizer.encode_special_tokens = False
