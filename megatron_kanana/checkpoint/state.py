@@ -18,6 +18,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_kanana.config import Settings
+from megatron_kanana.config.ledger import Ledger
 from megatron_kanana.optimizer.weight_average import WEIGHT_AVERAGE, WeightAverage
 from megatron_kanana.optimizer.whole_state import step_count
 
@@ -35,6 +36,10 @@ class Run(Protocol):
     weight_average: WeightAverage | None
     step: int
     consumed_samples: int
+    earlier_tokens: dict[str, int]
+
+    @property
+    def ledger(self) -> Ledger: ...
 
 
 def saved_state(run: Run) -> dict[str, Any]:
@@ -61,10 +66,7 @@ def load(run: Run, path: Path) -> None:
     """
     common = dist_checkpointing.load_common_state_dict(str(path))
     if common.get("weights_only"):
-        load_model(run.chunks, path)
-        run.optimizer.reload_model_params()
-        if run.weight_average is not None:
-            run.weight_average.reset()
+        load_for_new_run(run, path, with_optimizer=False)
         return
     saved_layout = common["layout"]
     model = model_state(run.chunks)
@@ -86,6 +88,23 @@ def load(run: Run, path: Path) -> None:
     run.consumed_samples = state["consumed_samples"]
     if same_layout:
         _restore_random_state(state["random"])
+
+
+def load_for_new_run(run: Run, path: Path, *, with_optimizer: bool) -> None:
+    """Restore the weights, and the optimizer's moments if wanted; step and schedule stay."""
+    if with_optimizer:
+        model = model_state(run.chunks)
+        optimizer = optimizer_state.to_load(run.optimizer, model)
+        optimizer_state.check_stored(optimizer, path)
+        wanted = {**model, "optimizer": optimizer}
+        state = dist_checkpointing.load(wanted, str(path))
+        _load_model(run.chunks, state)
+        optimizer_state.load(run.optimizer, state["optimizer"], state["optimizer_step"])
+    else:
+        load_model(run.chunks, path)
+        run.optimizer.reload_model_params()
+    if run.weight_average is not None:
+        run.weight_average.reset()
 
 
 def _weight_average(run: Run, model: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
 from megatron_kanana.config import write_settings
+from megatron_kanana.config.ledger import write_ledger
 from megatron_kanana.config.schema import CheckpointSettings
 from megatron_kanana.data.tokenizer import copy_tokenizer
 
@@ -45,6 +46,7 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write_settings(partial, run.settings)
+            write_ledger(partial, run.ledger)
             copy_tokenizer(run.tokenizer.path, partial)
         dist.barrier()
         request = dist_checkpointing.save(saved_state(run), str(partial), async_sharded_save=True)

@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .dataset_files import sequence_count
+from .check_mixture import check_evaluation_sets, check_mixture, check_position
 from .environment import Environment
+from .mixture import entry_paths
 from .problems import Problem
 from .saved import (
     SETTINGS_FILE,
@@ -36,40 +37,21 @@ def check_data(settings: Settings, environment: Environment) -> Iterator[Problem
         )
     if data.tokenizer is not None:
         yield from check_tokenizer(data.tokenizer, vocab_size)
-    if data.blend and data.tokenizer is None:
+    if any(entry_paths(entry) for entry in data.blend) and data.tokenizer is None:
         yield Problem(
             "data.tokenizer",
             "null",
             "data.blend names datasets, which were made with some tokenizer",
             "name the tokenizer that they were made with",
         )
-    for index, entry in enumerate(data.blend):
-        yield from check_dataset(f"data.blend[{index}].path", entry.path, data.held_out_percent)
+    yield from check_mixture(settings)
+    yield from check_evaluation_sets(settings)
     if settings.schedule.evaluation_interval and data.held_out_percent == 0:
         yield Problem(
             "data.held_out_percent",
             data.held_out_percent,
             "leaves no text to evaluate on",
             "choose a share above 0, or schedule.evaluation_interval=0",
-        )
-
-
-def check_dataset(setting: str, path: str, held_out_percent: float) -> Iterator[Problem]:
-    """A dataset's files are whole, and large enough to hold some documents out."""
-    try:
-        count = sequence_count(path)
-    except ValueError as error:
-        yield Problem(setting, path, str(error), "make it with tools/preprocess_data.py")
-        return
-    training = round(count * (100 - held_out_percent) / 100)  # as megatron-core splits
-    if training == 0 or (training == count and held_out_percent):
-        kept = "training" if training == 0 else "evaluation"
-        yield Problem(
-            setting,
-            path,
-            f"data.held_out_percent = {held_out_percent} of its {count} documents leaves none"
-            f" for {kept}",
-            "choose another data.held_out_percent (0 holds nothing out), or a larger dataset",
         )
 
 
@@ -120,6 +102,14 @@ def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[P
         )
     else:
         yield from check_saved_model(settings)
+        yield from check_position(settings)
+    if checkpoint.load is None and checkpoint.load_what != "everything":
+        yield Problem(
+            "checkpoint.load_what",
+            checkpoint.load_what,
+            "checkpoint.load names no checkpoint to take it from",
+            "set checkpoint.load",
+        )
     if checkpoint.keep_every and checkpoint.save_interval == 0:
         yield Problem(
             "checkpoint.keep_every",

@@ -46,6 +46,15 @@ def check_model(settings: Settings, environment: Environment) -> Iterator[Proble
             f" {settings.data.sequence_length} tokens",
             "choose fewer layers (DeepSeek-V3: 1), or longer sequences",
         )
+    reach = model.yarn_factor * model.yarn_original_context
+    if model.yarn_factor > 1 and settings.data.sequence_length > reach:
+        yield Problem(
+            "model.yarn_factor",
+            model.yarn_factor,
+            f"extends model.yarn_original_context = {model.yarn_original_context} to {reach:.0f}"
+            f" positions, and data.sequence_length = {settings.data.sequence_length}",
+            "choose a larger factor, or shorter sequences",
+        )
     yield from check_expert_groups(model)
 
 

@@ -48,10 +48,13 @@ def checkpoint_settings(
     unused = (
         "model.num_mtp_layers=0",
         "data.blend=[]",
+        "data.blend_changes=[]",
+        "data.evaluation_sets=[]",
         f"data.cache_dir='{folder}'",
         f"output_dir='{folder}'",
         "checkpoint.directory=null",
         "checkpoint.load=null",
+        "checkpoint.load_what=everything",
         "checkpoint.resume=true",
         "schedule.evaluation_interval=0",
         f"schedule.global_batch_size={environment.world_size}",

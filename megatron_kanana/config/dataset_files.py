@@ -44,3 +44,19 @@ def sequence_count(prefix: str) -> int:
     if size != expected:
         raise ValueError(f"{prefix}.bin has {size} bytes, its index tells {expected}")
     return int(count)
+
+
+def training_sequences(count: int, held_out_percent: float) -> int:
+    """How many of a dataset's sequences are for training; the last ones are held out."""
+    return round(count * (100 - held_out_percent) / 100)
+
+
+def tokens_before(prefix: str, sequence: int) -> int:
+    """Tokens of the first sequences of a whole dataset, `sequence` of them."""
+    with Path(f"{prefix}.idx").open("rb") as index:
+        _, _, code, count, _ = HEADER.unpack(index.read(HEADER.size))
+        if sequence == count:
+            return Path(f"{prefix}.bin").stat().st_size // TOKEN_BYTES[code]
+        index.seek(HEADER.size + 4 * count + 8 * sequence)
+        (start,) = struct.unpack("<q", index.read(8))
+    return int(start) // TOKEN_BYTES[code]

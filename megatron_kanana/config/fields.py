@@ -101,8 +101,9 @@ def _convert(
             return build(typing.cast(type, hint), value, problems, f"{path}.")
         problems.append(Problem(path, value, "is not a group of settings", f"write {path}.…=…"))
         return None
-    if typing.get_origin(hint) is list:
-        return _convert_list(typing.get_args(hint)[0], value, path, metadata, problems)
+    if (container := typing.get_origin(hint)) in (list, dict):
+        convert = _convert_list if container is list else _convert_mapping
+        return convert(typing.get_args(hint)[-1], value, path, metadata, problems)
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is hint:
@@ -125,6 +126,18 @@ def _convert_list(
         _convert(hint, item, f"{path}[{index}]", metadata, problems)
         for index, item in enumerate(value)
     ]
+
+
+def _convert_mapping(
+    hint: Any, value: Any, path: str, metadata: Mapping[str, Any], problems: list[Problem]
+) -> dict[str, Any] | None:
+    if not isinstance(value, Mapping):
+        problems.append(Problem(path, value, "is not a mapping", f"write {path}={{name: …}}"))
+        return None
+    return {
+        str(name): _convert(hint, item, f"{path}.{name}", metadata, problems)
+        for name, item in value.items()
+    }
 
 
 def _check_limits(

@@ -76,3 +76,9 @@ def checkpoint_to_start_from(settings: Settings) -> Path | None:
     if newest is None and settings.checkpoint.load is not None:
         return Path(settings.checkpoint.load)
     return newest
+
+
+def goes_on(settings: Settings) -> bool:
+    """Whether the run takes step and place in the data from the checkpoint it starts from."""
+    own = newest_checkpoint(settings.checkpoint_dir) is not None
+    return own or settings.checkpoint.load_what == "everything"

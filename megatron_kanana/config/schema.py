@@ -289,10 +289,43 @@ class ScheduleSettings:
 
 @dataclass(kw_only=True)
 class BlendEntry:
-    """One indexed dataset of a blend."""
+    """One source of the blend: one indexed dataset, or several of one kind."""
 
-    path: str = setting(help="path of the dataset without .bin or .idx")
-    weight: float = setting(1.0, help="share of the samples, relative to the others", above=0.0)
+    path: str | None = setting(
+        None,
+        help="path of an indexed dataset without .bin or .idx; without any, source names one of"
+        " the built-in text",
+    )
+    paths: list[str] = setting(
+        [], help="further datasets of this source, each with a share by its size"
+    )
+    source: str | None = setting(
+        None, help="name of the source in ledger and logs; null is the last part of the path"
+    )
+    weight: float = setting(
+        1.0, help="share of the samples, relative to the other sources", minimum=0.0
+    )
+
+
+@dataclass(kw_only=True)
+class BlendChange:
+    """Other shares of the sources from some point of the run on."""
+
+    tokens: float = setting(help="tokens trained on, from which on the weights hold", above=0.0)
+    weights: dict[str, float] = setting(
+        help="share of each source, relative to the others; one not named is not used",
+        minimum=0.0,
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluationSet:
+    """Held-out text that is evaluated on its own."""
+
+    name: str = setting(help="name in metrics, TensorBoard and report")
+    path: str = setting(
+        help=".jsonl, .txt or .parquet file, or indexed dataset without .bin or .idx"
+    )
 
 
 @dataclass(kw_only=True)
@@ -301,7 +334,18 @@ class DataSettings:
 
     sequence_length: int = setting(help="tokens of one training sample", minimum=2)
     blend: list[BlendEntry] = setting(
-        [], help="indexed datasets; an empty list uses the built-in text"
+        [], help="sources at the beginning of the run; an empty list uses the built-in text"
+    )
+    blend_changes: list[BlendChange] = setting(
+        [], help="later shares, [{tokens: …, weights: {source: …}}, …] by growing tokens"
+    )
+    document_mask: bool = setting(
+        False, help="tokens attend to their own document only, not to others in the sample"
+    )
+    evaluation_sets: list[EvaluationSet] = setting(
+        [],
+        help="held-out texts whose perplexity every evaluation tells by name; an empty list with"
+        " the built-in text uses its six languages",
     )
     tokenizer: str | None = setting(
         None,
@@ -338,6 +382,12 @@ class CheckpointSettings:
     )
     load: str | None = setting(
         None, help="checkpoint to start from when this run has none of its own"
+    )
+    load_what: str = setting(
+        "everything",
+        help="what is taken of checkpoint.load: everything goes on where it was; weights, or"
+        " weights_and_optimizer with the optimizer's moments, begin a run of its own at step 0",
+        choices=("everything", "weights", "weights_and_optimizer"),
     )
 
 

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-from megatron_kanana.config.schema import DataSettings
-
-from .tokenizer import Tokenizer
 
 Microbatch = dict[str, torch.Tensor]
 
@@ -49,35 +42,6 @@ class MicrobatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         for start in self._starts:
             yield list(range(start, start + self._micro_batch_size))
-
-
-def build_datasets(
-    settings: DataSettings,
-    blend: list[tuple[Path, float]],
-    tokenizer: Tokenizer,
-    seed: int,
-    train_samples: int,
-    evaluation_samples: int,
-) -> tuple[Any, Any]:
-    """megatron-core's blended GPT datasets for training and evaluation, split by document."""
-    held_out = settings.held_out_percent
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=settings.sequence_length,
-        blend=([str(path) for path, _ in blend], [weight for _, weight in blend]),
-        split=f"{100 - held_out},{held_out},0",
-        path_to_cache=str(Path(settings.cache_dir) / "index"),
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, [train_samples, evaluation_samples, 0], lambda: True, config
-    )
-    train, evaluation, _ = builder.build()
-    return train, evaluation
 
 
 def microbatches(

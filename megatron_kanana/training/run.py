@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_kanana.checkpoint import state as checkpoint_state
 from megatron_kanana.config import Settings, checkpoint_to_start_from
 from megatron_kanana.config.batch_sizes import global_batch_size, samples_of_steps
+from megatron_kanana.config.ledger import Ledger, read_ledger
+from megatron_kanana.config.mixture import mixture, sources, tokens_by_source
+from megatron_kanana.config.saved import goes_on
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
-from megatron_kanana.data.loader import MicrobatchSampler, build_datasets, microbatches
+from megatron_kanana.data.epochs import SampleOrder
+from megatron_kanana.data.loader import MicrobatchSampler, microbatches
+from megatron_kanana.data.mixed import HeldOutSamples, MixedSamples
 from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import choose_backend
@@ -62,6 +67,7 @@ class Run(Model):
         weight_average: averages the weights over the steps; None where none is kept.
         step: optimizer steps done.
         consumed_samples: sequences the steps have used, over all processes.
+        earlier_tokens: tokens by source of the runs whose weights this one began with.
     """
 
     optimizer: Any
@@ -72,6 +78,7 @@ class Run(Model):
     weight_average: WeightAverage | None
     step: int = 0
     consumed_samples: int = 0
+    earlier_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def global_batch_size(self) -> int:
@@ -82,6 +89,17 @@ class Run(Model):
     def consumed_tokens(self) -> int:
         """Tokens the steps have used, over all processes."""
         return self.consumed_samples * self.settings.data.sequence_length
+
+    @property
+    def ledger(self) -> Ledger:
+        """Tokens that the steps have used, by source, and those of earlier runs."""
+        data = self.settings.data
+        return Ledger(
+            self.consumed_samples,
+            data.sequence_length,
+            tokens_by_source(data, self.consumed_samples),
+            self.earlier_tokens,
+        )
 
 
 def build_bare_model(settings: Settings, device: Device) -> Model:
@@ -143,11 +161,14 @@ def prepare_tokenizer(settings: Settings) -> Tokenizer:
     return load_tokenizer(settings.data.tokenizer or _prepare_builtin(settings).tokenizer)
 
 
-def prepare_blend(settings: Settings) -> list[tuple[Path, float]]:
-    """The indexed datasets the settings name, or the built-in ones, with their weights."""
-    if settings.data.blend:
-        return [(Path(entry.path), entry.weight) for entry in settings.data.blend]
-    return list(_prepare_builtin(settings).datasets)
+def prepare_sources(settings: Settings) -> dict[str, list[Path]]:
+    """The indexed datasets of each source that the settings name, or of the built-in text."""
+    of_run = sources(settings.data)
+    paths = {source.name: [Path(path) for path in source.paths] for source in of_run}
+    if not all(paths.values()):
+        builtin = {path.name: path for path, _ in _prepare_builtin(settings).datasets}
+        paths |= {name: [builtin[name]] for name in paths if not paths[name]}
+    return paths
 
 
 def _prepare_builtin(settings: Settings) -> BuiltinData:
@@ -162,27 +183,46 @@ def _prepare_builtin(settings: Settings) -> BuiltinData:
 def restore(run: Run) -> Path | None:
     """Load the newest whole checkpoint of the run, else `checkpoint.load`; returns its folder."""
     path = checkpoint_to_start_from(run.settings)
-    if path is not None:
+    if path is None:
+        return None
+    ledger = read_ledger(path)
+    if goes_on(run.settings):
         checkpoint_state.load(run, path)
+        run.earlier_tokens = ledger.earlier_tokens if ledger else {}
         logger.info("loaded %s: step %d, %d samples", path, run.step, run.consumed_samples)
+        return path
+    with_optimizer = run.settings.checkpoint.load_what == "weights_and_optimizer"
+    checkpoint_state.load_for_new_run(run, path, with_optimizer=with_optimizer)
+    run.earlier_tokens = ledger.all_tokens if ledger else {}
+    logger.info("loaded the weights of %s: this run begins at step 0", path)
     return path
 
 
 def training_data(run: Run) -> tuple[DataIterators, Any]:
     """Iterators over the rest of the run's training microbatches, and the evaluation dataset."""
-    schedule = run.settings.schedule
-    evaluation_samples = schedule.evaluation_batches * schedule.global_batch_size
-    rest = samples_of_steps(run.settings, schedule.steps - run.step, run.consumed_samples)
-    train_samples = run.consumed_samples + rest
-    train, evaluation = build_datasets(
-        run.settings.data,
-        prepare_blend(run.settings),
+    settings, data, schedule = run.settings, run.settings.data, run.settings.schedule
+    rest = samples_of_steps(settings, schedule.steps - run.step, run.consumed_samples)
+    total = run.consumed_samples + rest
+    paths = prepare_sources(settings)
+    order = SampleOrder(
         run.tokenizer,
-        run.settings.seed,
-        train_samples,
-        evaluation_samples,
+        data.sequence_length,
+        settings.seed,
+        data.held_out_percent,
+        Path(data.cache_dir),
     )
-    return data_iterators(run, train, run.consumed_samples, train_samples), evaluation
+    of_run, document_mask = mixture(data), data.document_mask
+    train = MixedSamples(of_run, paths, order, total, document_mask=document_mask)
+    evaluation = None
+    if schedule.evaluation_interval:
+        samples = schedule.evaluation_batches * schedule.global_batch_size
+        evaluation = HeldOutSamples(of_run, paths, order, samples, document_mask=document_mask)
+    if dist.get_rank() == 0:
+        train.prepare(run.consumed_samples)
+        if evaluation is not None:
+            evaluation.prepare()
+    dist.barrier()
+    return data_iterators(run, train, run.consumed_samples, total), evaluation
 
 
 def data_iterators(run: Run, dataset: Any, consumed_samples: int, total: int) -> DataIterators:

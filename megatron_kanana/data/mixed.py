@@ -1,0 +1,142 @@
+"""The samples of a run: numbered over all of it, drawn from the sources of its mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_kanana.config.mixture import Mixture
+from megatron_kanana.config.proportions import Proportions
+
+from .epochs import Epochs, HeldOut, SampleOrder
+
+SourcePaths = Mapping[str, Sequence[Path]]
+"""The datasets of each source of a mixture, by its name."""
+
+
+class MixedSamples(torch.utils.data.Dataset[dict[str, Any]]):
+    """Training samples: which one has a number follows from number, mixture and order alone.
+
+    The datasets of a source are read side by side, each at a rate by its size.
+
+    Args:
+        mixture: source and place in it of every sample.
+        paths: the datasets of each source.
+        order: how each dataset is read.
+        total: samples of the run.
+        document_mask: whether samples have `segment_ids`.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        paths: SourcePaths,
+        order: SampleOrder,
+        total: int,
+        *,
+        document_mask: bool,
+    ) -> None:
+        self._mixture = mixture
+        self._sources = [_Source(paths[name], order) for name in mixture.names]
+        self._total = total
+        self.has_segment_ids = document_mask
+        self._end_of_document = order.tokenizer.eod if document_mask else None
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        source, index = self._mixture.place(sample)
+        return _with_segments(self._sources[source][index], self._end_of_document)
+
+    def prepare(self, consumed: int) -> None:
+        """Write the index files that samples from `consumed` on need; on one process only."""
+        begin, end = self._mixture.counts(consumed), self._mixture.counts(self._total)
+        for source, first, stop in zip(self._sources, begin, end, strict=True):
+            source.prepare(int(first), int(stop))
+
+
+class HeldOutSamples(torch.utils.data.Dataset[dict[str, Any]]):
+    """Samples of the sources' held-out documents, by the shares at the beginning of the run.
+
+    Args:
+        mixture, paths, order, document_mask: as for `MixedSamples`.
+        total: samples of one evaluation.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        paths: SourcePaths,
+        order: SampleOrder,
+        total: int,
+        *,
+        document_mask: bool,
+    ) -> None:
+        self._total = total
+        self.has_segment_ids = document_mask
+        self._end_of_document = order.tokenizer.eod if document_mask else None
+        datasets: list[Path] = []
+        weights: list[float] = []
+        for name, share in zip(mixture.names, mixture.first_shares, strict=True):
+            sizes = [Epochs(path, order).size for path in paths[name]]
+            datasets += paths[name]
+            weights += [share * size / sum(sizes) for size in sizes]
+        self._proportions = Proportions(weights)
+        counts = self._proportions.counts(total)
+        self._datasets = [
+            HeldOut(path, order, int(count)) if count else None
+            for path, count in zip(datasets, counts, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        owners, indices = self._proportions.window(sample, sample + 1)
+        dataset = self._datasets[int(owners[0])]
+        assert dataset is not None
+        return _with_segments(dataset[int(indices[0])], self._end_of_document)
+
+    def prepare(self) -> None:
+        """Write the index files; on one process only."""
+        for dataset in self._datasets:
+            if dataset is not None:
+                dataset.prepare()
+
+
+class _Source:
+    """The samples of one source, each dataset's share of them by its size."""
+
+    def __init__(self, paths: Sequence[Path], order: SampleOrder) -> None:
+        self._datasets = [Epochs(path, order) for path in paths]
+        self._proportions = Proportions([dataset.size for dataset in self._datasets])
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        owners, indices = self._proportions.window(sample, sample + 1)
+        return self._datasets[int(owners[0])][int(indices[0])]
+
+    def prepare(self, first: int, stop: int) -> None:
+        """Write the index files for the samples from `first` up to `stop`."""
+        begin, end = self._proportions.counts(first), self._proportions.counts(stop)
+        for dataset, of_first, of_stop in zip(self._datasets, begin, end, strict=True):
+            if of_stop > of_first:
+                dataset.prepare(int(of_first), int(of_stop))
+
+
+def document_segments(tokens_S: torch.Tensor, end_of_document: int) -> torch.Tensor:
+    """Which document of a sample each token is in, counted from 0: int32 [sequence].
+
+    The end-of-document token is in the document that it ends.
+    """
+    ends_S = (tokens_S == end_of_document).to(torch.int32)
+    return torch.cumsum(ends_S, dim=0, dtype=torch.int32) - ends_S
+
+
+def _with_segments(sample: dict[str, Any], end_of_document: int | None) -> dict[str, Any]:
+    if end_of_document is None:
+        return sample
+    return {**sample, "segment_ids": document_segments(sample["tokens"], end_of_document)}
