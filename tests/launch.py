@@ -30,21 +30,11 @@ class Finished:
 
 def run_python(*arguments: str, processes: int = 1, timeout: float = TIMEOUT_SECONDS) -> Finished:
     """Run Python, or torchrun with several processes; everything is killed at the time limit."""
-    command = [sys.executable]
+    launcher: list[str] = []
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", *launcher]
-    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
-    process = subprocess.Popen(
-        [*command, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+        launcher = ["-m", *launcher]
+    process = start_python(*launcher, *arguments)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -52,6 +42,20 @@ def run_python(*arguments: str, processes: int = 1, timeout: float = TIMEOUT_SEC
         stdout, stderr = process.communicate()
         raise AssertionError(f"no end after {timeout} s:\n{stdout}\n{stderr}") from None
     return Finished(process.returncode, stdout, stderr)
+
+
+def start_python(*arguments: str) -> subprocess.Popen[str]:
+    """Start Python in a session of its own; its output is caught."""
+    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def train(
@@ -71,6 +75,7 @@ def train_in_turn(
     *,
     processes: int = 1,
     timeout: float = TIMEOUT_SECONDS,
+    script: Sequence[str] = ("tests/train_in_turn.py",),
 ) -> dict[str, list[dict[str, Any]]]:
     """As `train`, for several runs one after another in the same processes.
 
@@ -79,6 +84,7 @@ def train_in_turn(
 
     Args:
         runs: overrides by name of the run.
+        script: what runs them, with its first arguments.
 
     Returns:
         records by name of the run.
@@ -87,9 +93,7 @@ def train_in_turn(
         [port, _arguments(output_dir, cache_dir, name, overrides)]
         for port, (name, overrides) in zip(free_ports(len(runs)), runs.items(), strict=True)
     ]
-    finished = run_python(
-        "tests/train_in_turn.py", json.dumps(jobs), processes=processes, timeout=timeout
-    )
+    finished = run_python(*script, json.dumps(jobs), processes=processes, timeout=timeout)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return {name: _records(output_dir, name) for name in runs}
 

@@ -89,14 +89,10 @@ def read_texts(options: argparse.Namespace, settings: Settings) -> dict[str, Hel
     """
     assert settings.data.tokenizer is not None
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    texts = {
+    return {
         str(path): read_held_out(path, tokenizer, settings.data.sequence_length, options.text_key)
         for path in options.data
     }
-    for name, text in texts.items():
-        if text.tokens < 2:
-            raise ValueError(f"{name} has a single token: there is nothing to predict")
-    return texts
 
 
 def show(losses: dict[str, HeldOutLoss], *, as_json: bool) -> None:

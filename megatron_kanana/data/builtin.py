@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_kanana.config.mixture import BUILTIN_WEIGHTS
+
 from .documents import read_documents
 from .indexed import write_dataset
 from .tokenizer import train_tokenizer
@@ -25,29 +27,33 @@ SAMPLES_DIR = Path(__file__).resolve().parent / "samples"
 LANGUAGES = ("ko", "en", "ja", "zh", "th", "vi")
 SOURCE_BYTES = 6_000_000  # of the standard library, in alphabetical order
 TOKENIZER_SOURCE_BYTES = 2_000_000  # of those, for training the tokenizer
-SOURCE_WEIGHT, LANGUAGE_WEIGHT = 0.9, 0.1  # share of the samples
+HELD_OUT_DOCUMENTS = 4  # of each language, its last ones; they are not in the datasets
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class BuiltinData:
-    """Paths of the tokenizer and of the indexed datasets, with their weights."""
+    """Paths of the tokenizer and of the indexed datasets, with their weights.
+
+    Attributes:
+        held_out: a text file by language, of documents that no dataset holds.
+    """
 
     tokenizer: Path
     datasets: tuple[tuple[Path, float], ...]
+    held_out: dict[str, Path]
 
 
 def builtin_data(cache_dir: Path, vocab_size: int) -> BuiltinData:
     """Where the built-in tokenizer and datasets are, or will be."""
     samples = b"".join((SAMPLES_DIR / f"{name}.txt").read_bytes() for name in LANGUAGES)
-    made_from = f"{platform.python_version()}/{vocab_size}/{SOURCE_BYTES}/".encode() + samples
+    sizes = f"{platform.python_version()}/{vocab_size}/{SOURCE_BYTES}/{HELD_OUT_DOCUMENTS}/"
+    made_from = sizes.encode() + samples
     folder = cache_dir / f"builtin_{vocab_size}_{hashlib.sha256(made_from).hexdigest()[:10]}"
     return BuiltinData(
         tokenizer=folder / "tokenizer.model",
-        datasets=(
-            (folder / "python_standard_library", SOURCE_WEIGHT),
-            (folder / "six_languages", LANGUAGE_WEIGHT),
-        ),
+        datasets=tuple((folder / name, weight) for name, weight in BUILTIN_WEIGHTS.items()),
+        held_out={name: folder / "held_out" / f"{name}.txt" for name in LANGUAGES},
     )
 
 
@@ -62,10 +68,14 @@ def prepare_builtin_data(data: BuiltinData, vocab_size: int) -> None:
     partial.mkdir(parents=True)
     tokenizer = partial / data.tokenizer.name
     train_tokenizer(_tokenizer_texts(), vocab_size, tokenizer)
-    corpora = (standard_library_sources(SOURCE_BYTES), language_samples())
+    corpora = (standard_library_sources(SOURCE_BYTES), _interleaved(_training_documents()))
     for (prefix, _), documents in zip(data.datasets, corpora, strict=True):
         size = write_dataset(documents, partial / prefix.name, tokenizer)
         logger.info("%s: %d documents, %d tokens", prefix.name, size.documents, size.tokens)
+    for name, documents in _documents().items():
+        path = partial / "held_out" / data.held_out[name].name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(documents[-HELD_OUT_DOCUMENTS:]), encoding="utf-8")
     partial.rename(folder)
 
 
@@ -86,7 +96,19 @@ def standard_library_sources(max_bytes: int) -> Iterator[str]:
 
 def language_samples() -> Iterator[str]:
     """Documents of the six languages, in turn, so that any share of them holds all six."""
-    columns = [list(read_documents(SAMPLES_DIR / f"{name}.txt")) for name in LANGUAGES]
+    return _interleaved(_documents())
+
+
+def _documents() -> dict[str, list[str]]:
+    return {name: list(read_documents(SAMPLES_DIR / f"{name}.txt")) for name in LANGUAGES}
+
+
+def _training_documents() -> dict[str, list[str]]:
+    return {name: documents[:-HELD_OUT_DOCUMENTS] for name, documents in _documents().items()}
+
+
+def _interleaved(documents: dict[str, list[str]]) -> Iterator[str]:
+    columns = list(documents.values())
     for index in range(max(map(len, columns))):
         yield from (column[index] for column in columns if index < len(column))
 

@@ -50,7 +50,7 @@ def read_held_out(
         text_key: field or column that holds the text.
 
     Raises:
-        ValueError: the file cannot be read, or has no document.
+        ValueError: the file cannot be read, or has no document or a single token.
     """
     if path.is_file():
         encoded = _encoded(read_documents(path, text_key), tokenizer)
@@ -65,7 +65,10 @@ def read_held_out(
         parts.append(np.asarray(ids, dtype=np.int64))
     if not parts:
         raise ValueError(f"{path} has no document")
-    windows, lengths = cut_windows(np.concatenate(parts), length)
+    tokens = np.concatenate(parts)
+    if len(tokens) < 2:
+        raise ValueError(f"{path} has a single token: there is nothing to predict")
+    windows, lengths = cut_windows(tokens, length)
     return HeldOutText(documents, num_bytes, windows, lengths)
 
 

@@ -127,13 +127,13 @@ class _Source:
                 dataset.prepare(int(of_first), int(of_stop))
 
 
-def document_segments(tokens_S: torch.Tensor, end_of_document: int) -> torch.Tensor:
-    """Which document of a sample each token is in, counted from 0: int32 [sequence].
+def document_segments(tokens: torch.Tensor, end_of_document: int) -> torch.Tensor:
+    """Which document of its sample each token is in, counted from 0: int32 [..., sequence].
 
     The end-of-document token is in the document that it ends.
     """
-    ends_S = (tokens_S == end_of_document).to(torch.int32)
-    return torch.cumsum(ends_S, dim=0, dtype=torch.int32) - ends_S
+    ends = (tokens == end_of_document).to(torch.int32)
+    return torch.cumsum(ends, dim=-1, dtype=torch.int32) - ends
 
 
 def _with_segments(sample: dict[str, Any], end_of_document: int | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_kanana.data.held_out import HeldOutText
+from megatron_kanana.data.mixed import document_segments
 
 from .evaluation import evaluation_mode
 from .run import Model
@@ -66,7 +68,8 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """Predict every token of a text but the first of each window; every process must call this.
 
-    Windows are dealt over the data-parallel processes. Nothing of the model changes: no gradients,
+    Windows are dealt over the data-parallel processes. With `data.document_mask` the documents of
+    a window are kept apart, as in training. Nothing of the model changes: no gradients,
     balancing statistics or largest logits.
 
     Args:
@@ -78,6 +81,7 @@ def held_out_loss(
         the same on every process.
     """
     batches = list(_batches(model, text))
+    end_of_document = model.tokenizer.eod if model.settings.data.document_mask else None
     several = len(model.chunks) > 1
     nats = torch.zeros(1, dtype=torch.float64, device=model.device.torch_device)
     with evaluation_mode(model):
@@ -85,7 +89,7 @@ def held_out_loss(
             part = batches[start : start + BATCHES_AT_ONCE * _pipeline_depth()]
             iterators = [iter(part) for _ in model.chunks]
             sums = get_forward_backward_func()(
-                forward_step_func=_forward_step,
+                forward_step_func=partial(_forward_step, end_of_document),
                 data_iterator=iterators if several else iterators[0],
                 model=model.chunks if several else model.chunks[0],
                 num_microbatches=len(part),
@@ -127,12 +131,13 @@ def _batches(model: Model, text: HeldOutText) -> Iterator[tuple[torch.Tensor, to
         yield windows[place].to(device), lengths[place].to(device)
 
 
-def _forward_step(iterator: Iterator[Any], chunk: Any) -> Any:
+def _forward_step(end_of_document: int | None, iterator: Iterator[Any], chunk: Any) -> Any:
     tokens_BS, lengths_B = next(iterator)
+    segments_BS = None if end_of_document is None else document_segments(tokens_BS, end_of_document)
     positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
     labels_BS = tokens_BS.roll(-1, dims=1)
     counts_BS = positions_S < (lengths_B - 1)[:, None]
-    losses_BS = chunk(tokens_BS, positions_S.expand_as(tokens_BS), None, labels=labels_BS)
+    losses_BS = chunk(tokens_BS, positions_S.expand_as(tokens_BS), segments_BS, labels=labels_BS)
 
     def summed(losses_BS: torch.Tensor, *, non_loss_data: bool) -> torch.Tensor:
         return torch.where(counts_BS, losses_BS.double(), 0.0).sum()

@@ -22,6 +22,7 @@ from megatron_kanana.config import (
     load_settings,
     write_settings,
 )
+from megatron_kanana.config.ledger import Ledger, write_ledger
 from megatron_kanana.config.saved import SETTINGS_FILE
 from tests.hugging_face_tokenizers import save_byte_level_tokenizer
 from tests.launch import run_python
@@ -63,7 +64,7 @@ BAD = {
         ("model.learning_rate=1",), "model.learning_rate", "1", "the settings of model are:"
     ),
     "unknown config of a group": Bad(("model=gpt",), "model", "gpt", "or kanana_2_tiny"),
-    "unknown experiment": Bad(("experiment=big",), "experiment", "big", "choose kanana_2_tiny"),
+    "unknown experiment": Bad(("experiment=big",), "experiment", "big", "or kanana_2_tiny"),
     "unreadable word": Bad(("schedule.steps",), "command line", "schedule.steps", "setting=value"),
     "sweep": Bad(("seed=1,2",), "command line", "seed=1,2", "set one value"),
     "deleted setting": Bad(("~seed",), "command line", "~seed", "set one value"),
@@ -341,6 +342,132 @@ BAD = {
         "0.0",
         "choose above 0",
     ),
+    "source without dataset or name": Bad(
+        ("data.blend=[{weight:1}]",),
+        "data.blend[0].path",
+        "null",
+        "give path or paths, or a source",
+    ),
+    "source that the built-in text lacks": Bad(
+        ("data.blend=[{source:books}]",),
+        "data.blend[0].source",
+        "books",
+        "or choose python_standard_library or six_languages",
+    ),
+    "two sources of one name": Bad(
+        ("data.blend=[{source:six_languages},{source:six_languages}]",),
+        "data.blend[1].source",
+        "six_languages",
+        "a name of its own",
+    ),
+    "dataset in two sources": Bad(
+        ("data.blend=[{path:{tmp}/small},{source:b,paths:[{tmp}/notes,{tmp}/small]}]",),
+        "data.blend[1].paths[1]",
+        "small",
+        "name it once",
+    ),
+    "dataset of a source that is missing": Bad(
+        ("data.blend=[{source:b,paths:[{tmp}/small,{tmp}/corpus]}]",),
+        "data.blend[0].paths[1]",
+        "corpus",
+        "make it with tools/preprocess_data.py",
+    ),
+    "built-in text among datasets": Bad(
+        ("data.blend=[{path:{tmp}/small},{source:six_languages}]",),
+        "data.blend",
+        "small, six_languages",
+        "give every source a path, or none",
+    ),
+    "dataset smaller than a sample": Bad(
+        ("data.blend=[{path:{tmp}/small}]", "data.held_out_percent=10"),
+        "data.blend[0].path",
+        "small",
+        "choose data.sequence_length=54 or less",
+    ),
+    "weights that are all zero": Bad(
+        ("data.blend=[{source:six_languages,weight:0}]",),
+        "data.blend",
+        "six_languages: 0.0",
+        "give at least one source a weight above 0",
+    ),
+    "infinite weight": Bad(
+        ("data.blend=[{source:six_languages,weight:inf}]",),
+        "data.blend",
+        "six_languages: inf",
+        "none an infinite one",
+    ),
+    "source that no part of the run uses": Bad(
+        (
+            "data.blend=[{source:six_languages},{source:python_standard_library,weight:0}]",
+            "data.blend_changes=[{tokens:1e6,weights:{six_languages:2}}]",
+        ),
+        "data.blend[1].weight",
+        "0.0",
+        "give it a weight in data.blend_changes, or leave it out",
+    ),
+    "mixture changes out of order": Bad(
+        (
+            "data.blend_changes=[{tokens:2e6,weights:{six_languages:1}},"
+            "{tokens:2e6,weights:{six_languages:2}}]",
+        ),
+        "data.blend_changes[1].tokens",
+        "2000000.0",
+        "by growing tokens",
+    ),
+    "mixture change at no tokens": Bad(
+        ("data.blend_changes=[{tokens:0,weights:{six_languages:1}}]",),
+        "data.blend_changes[0].tokens",
+        "0.0",
+        "choose above 0",
+    ),
+    "mixture change of an unknown source": Bad(
+        ("data.blend_changes=[{tokens:1e6,weights:{six_language:1}}]",),
+        "data.blend_changes[0].weights.six_language",
+        "1.0",
+        "did you mean six_languages?",
+    ),
+    "mixture change to nothing": Bad(
+        ("data.blend_changes=[{tokens:1e6,weights:{six_languages:0}}]",),
+        "data.blend_changes[0].weights",
+        "six_languages: 0.0",
+        "give at least one source a weight above 0",
+    ),
+    "mixture change without sources": Bad(
+        ("data.blend_changes=[{tokens:1e6,weights:{}}]",),
+        "data.blend_changes[0].weights",
+        "{}",
+        "give at least one source a weight above 0",
+    ),
+    "negative weight in a mixture change": Bad(
+        ("data.blend_changes=[{tokens:1e6,weights:{six_languages:-1}}]",),
+        "data.blend_changes[0].weights.six_languages",
+        "-1.0",
+        "choose at least 0",
+    ),
+    "mixture change without a mapping": Bad(
+        ("data.blend_changes=[{tokens:1e6,weights:[1,2]}]",),
+        "data.blend_changes[0].weights",
+        "[1, 2]",
+        "write data.blend_changes[0].weights={name: …}",
+    ),
+    "two evaluation sets of one name": Bad(
+        ("data.evaluation_sets=[{name:ko,path:{tmp}/notes.txt},{name:ko,path:{tmp}/notes.txt}]",),
+        "data.evaluation_sets[1].name",
+        "ko",
+        "a name of its own",
+    ),
+    "missing evaluation set": Bad(
+        ("data.evaluation_sets=[{name:ko,path:{tmp}/none}]",),
+        "data.evaluation_sets[0].path",
+        "none",
+        "give a .jsonl, .txt or .parquet file",
+    ),
+    "evaluation set cut short": Bad(
+        ("data.evaluation_sets=[{name:ko,path:{tmp}/short}]",),
+        "data.evaluation_sets[0].path",
+        "short",
+        "an indexed dataset without its suffix",
+    ),
     "weights with two optimizers": Bad(
         ("optimizer=muon", "optimizer.muon_kinds=[router]", "optimizer.adamw_kinds=[router]"),
         "optimizer.muon_kinds",
@@ -373,6 +500,36 @@ BAD = {
     ),
     "checkpoint that is not whole": Bad(
         ("checkpoint.load={tmp}",), "checkpoint.load", "", "name a step_… folder"
+    ),
+    "unknown part of a checkpoint": Bad(
+        ("checkpoint.load={tmp}/step_00000007", "checkpoint.load_what=moments"),
+        "checkpoint.load_what",
+        "moments",
+        "choose everything or weights or weights_and_optimizer",
+    ),
+    "part of no checkpoint": Bad(
+        ("checkpoint.load_what=weights",), "checkpoint.load_what", "weights", "set checkpoint.load"
+    ),
+    "going on with samples of another length": Bad(
+        ("checkpoint.load={tmp}/step_00000007", "data.sequence_length=64"),
+        "data.sequence_length",
+        "64",
+        "choose 128, or begin a run of its own at step 0 with checkpoint.load_what=weights",
+    ),
+    "going on with another mixture of what is done": Bad(
+        (
+            "checkpoint.load={tmp}/step_00000007",
+            "data.blend_changes=[{tokens:6400,weights:{six_languages:1}}]",
+        ),
+        "data.blend_changes",
+        "python_standard_library, six_languages",
+        "keep the weights of what is done",
+    ),
+    "context beyond YaRN's": Bad(
+        ("model.yarn_factor=2", "model.yarn_original_context=32"),
+        "model.yarn_factor",
+        "2.0",
+        "choose a larger factor, or shorter sequences",
     ),
     "checkpoint of another model": Bad(
         ("checkpoint.load={tmp}/step_00000007", "model.num_experts=8"),
@@ -454,6 +611,8 @@ def folder(tmp_path: Path, tokenizers: Path) -> Path:
         checkpoint = tmp_path / f"step_{step:08d}"
         checkpoint.mkdir()
         write_settings(checkpoint, settings_to_save(*overrides))
+    tokens = {"python_standard_library": 90 * 128, "six_languages": 10 * 128}
+    write_ledger(tmp_path / "step_00000007", Ledger(100, 128, tokens, {}))
     oldest = tmp_path / "step_00000006" / SETTINGS_FILE
     oldest.write_text(re.sub(r"  \w*mtp\w*: .*\n", "", oldest.read_text()))
     return tmp_path
@@ -532,6 +691,20 @@ def test_a_good_configuration_has_no_problems() -> None:
         assert load_settings(overrides, world(size)).model.num_experts == 16
     tensor_pipeline = ["parallel=tensor_pipeline", "device=cpu"]
     assert load_settings(tensor_pipeline, world(4)).num_microbatches(4) == 2
+
+
+def test_a_run_may_change_its_mixture_from_where_it_is_and_begin_another_stage(
+    folder: Path,
+) -> None:
+    checkpoint = f"checkpoint.load={folder}/step_00000007"
+    change = "data.blend_changes=[{tokens:12800,weights:{six_languages:1}}]"
+    for words in (
+        [checkpoint],
+        [checkpoint, change],
+        [checkpoint, "checkpoint.load_what=weights", "data.sequence_length=64"],
+        [checkpoint, "checkpoint.load_what=weights", "data.blend=[{source:six_languages}]"],
+    ):
+        assert load_settings(words, Environment()).checkpoint.load is not None
 
 
 def test_folders_that_cannot_be_written_to_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
