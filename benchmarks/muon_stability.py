@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--usual-rate", type=float, default=2e-3)
     parser.add_argument("--adamw-rate", type=float, default=1e-3)
     parser.add_argument("--high-rates", type=float, nargs="+", default=[1e-2, 3e-2])
-    parser.add_argument("--processes", type=int, default=6, help="at a time, of 11 GiB each")
+    parser.add_argument("--processes", type=int, default=8, help="at a time; 8 fit into 80 GB")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end every run after that")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR)
     return parser.parse_args()

@@ -1,6 +1,9 @@
 """Does the best learning rate of a narrow model serve wider ones: with and without muP.
 
-python -m benchmarks.mup_transfer --name mup_transfer_h100 --processes 12
+python -m benchmarks.mup_transfer --name mup_transfer_adamw_h100 --optimizers adamw \\
+    --exponents -12 -6 --steps 200 --processes 12
+python -m benchmarks.mup_transfer --name mup_transfer_muon_h100 --optimizers muon \\
+    --exponents -11 -5 --steps 200 --processes 12
 
 A grid of learning rates, factors of 2 apart, over widths (experts and heads grow alike), both
 parametrisations and both optimizers; each run trains a small Kanana-2 on the built-in text and
@@ -36,7 +39,7 @@ from .several_runs import (
     width_overrides,
 )
 
-BASE_HIDDEN_SIZE, BASE_NUM_EXPERTS = 128, 8
+BASE_HIDDEN_SIZE, BASE_NUM_EXPERTS = 128, 4
 OPTIMIZERS = ("adamw", "muon")
 INIT_STD = 0.06  # 0.68 / sqrt(base width), as 0.02 is for a width of about 1,000
 NEAREST = 3  # learning rates of a parabola
@@ -148,6 +151,7 @@ def run_overrides(options: argparse.Namespace) -> list[str]:
         f"schedule.warmup_steps={warmup}",
         f"schedule.decay_steps={decay}",
         "schedule.minimum_learning_rate=0",
+        f"schedule.evaluation_interval={options.steps}",
         "schedule.evaluation_batches=8",
     ]
 
@@ -248,10 +252,16 @@ def card_rows(results: Sequence[Result], multiples: Sequence[int], seconds: floa
                     theirs / ours,
                 )
             )
-        steps = [math.log2(max(rates.values()) / min(rates.values())) for rates in best.values()]
-        rows.append(
-            Row(f"{optimizer}, best learning rates apart", "factors of 2", steps[0], peer, steps[1])
-        )
+        optima = {
+            name: {multiple: optimum(losses) for multiple, losses in found.items()}
+            for name, found in zip(PARAMETRIZATIONS, (mup, standard), strict=True)
+        }
+        for what, rates in (("best learning rates", best), ("optima of the parabolas", optima)):
+            ours, theirs = (
+                math.log2(max(of_widths.values()) / min(of_widths.values()))
+                for of_widths in rates.values()
+            )
+            rows.append(Row(f"{optimizer}, {what} apart", "factors of 2", ours, peer, theirs))
     return rows
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_kanana import device
-from megatron_kanana.config import Environment, Settings, detect_environment, load_settings
+from megatron_kanana.config import Settings, detect_environment, load_settings
 
 if TYPE_CHECKING:
     from megatron_kanana.training.run import Run
@@ -60,7 +60,7 @@ class OneProcess:
 
     def __init__(self, settings: Settings) -> None:
         logging.basicConfig(level=logging.WARNING)
-        self.device = device.prepare_device(settings, Environment())
+        self.device = device.prepare_device(settings, detect_environment())
         torch.compiler.set_stance("force_eager")  # compiling takes longer than such a run
         if not torch.distributed.is_initialized():
             device.initialize_process_groups(settings, self.device)
