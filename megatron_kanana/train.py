@@ -44,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     run = build_run(settings, where)
     restore(run)
-    train(run)
+    try:
+        train(run)
+    except ConfigurationError as error:  # found in the data, which is read by then
+        return tell(error, environment.rank)
     device.destroy_process_groups()
     return 0
 

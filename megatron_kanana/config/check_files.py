@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .check_conversations import check_conversations, check_expert_bias
 from .check_mixture import check_evaluation_sets, check_mixture, check_position
 from .environment import Environment
 from .mixture import entry_paths
@@ -45,8 +46,10 @@ def check_data(settings: Settings, environment: Environment) -> Iterator[Problem
             "name the tokenizer that they were made with",
         )
     yield from check_mixture(settings)
+    yield from check_conversations(settings)
     yield from check_evaluation_sets(settings)
-    if settings.schedule.evaluation_interval and data.held_out_percent == 0:
+    evaluates = settings.schedule.evaluation_interval and not data.held_out_conversations
+    if evaluates and data.held_out_percent == 0:
         yield Problem(
             "data.held_out_percent",
             data.held_out_percent,
@@ -103,6 +106,7 @@ def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[P
     else:
         yield from check_saved_model(settings)
         yield from check_position(settings)
+    yield from check_expert_bias(settings)
     if checkpoint.load is None and checkpoint.load_what != "everything":
         yield Problem(
             "checkpoint.load_what",

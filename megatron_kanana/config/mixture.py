@@ -44,7 +44,9 @@ def entry_paths(entry: BlendEntry) -> tuple[str, ...]:
 
 
 def sources(data: DataSettings) -> list[Source]:
-    """The sources of a run, in the order of the settings."""
+    """The sources of a run, in the order of the settings; conversations are one."""
+    if data.conversations:
+        return [Source("conversations", (), 1.0)]
     if not data.blend:
         return [Source(name, (), weight) for name, weight in BUILTIN_WEIGHTS.items()]
     return [Source(source_name(entry), entry_paths(entry), entry.weight) for entry in data.blend]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from .chat_settings import ChatSettings
 from .fields import setting
 
 architecture = partial(setting, fixed_by_checkpoint=True)
@@ -342,6 +343,17 @@ class DataSettings:
     document_mask: bool = setting(
         False, help="tokens attend to their own document only, not to others in the sample"
     )
+    conversations: list[str] = setting(
+        [],
+        help="chat files (.jsonl, .parquet) for supervised fine-tuning, in place of text; several"
+        " conversations share a sample without seeing one another",
+    )
+    held_out_conversations: list[str] = setting(
+        [],
+        help="chat files to evaluate on; without any, the last held_out_percent of the"
+        " conversations are",
+    )
+    chat: ChatSettings = setting(ChatSettings, help="how conversations become samples")
     evaluation_sets: list[EvaluationSet] = setting(
         [],
         help="held-out texts whose perplexity every evaluation tells by name; an empty list with"
@@ -388,6 +400,12 @@ class CheckpointSettings:
         help="what is taken of checkpoint.load: everything goes on where it was; weights, or"
         " weights_and_optimizer with the optimizer's moments, begin a run of its own at step 0",
         choices=("everything", "weights", "weights_and_optimizer"),
+    )
+    reset_expert_bias: bool = setting(
+        False,
+        help="a run that begins at step 0 with a checkpoint's weights sets the biases that balance"
+        " the experts to zero; model.expert_bias_update_rate=0 then freezes them there"
+        " (arXiv 2608.20061)",
     )
 
 

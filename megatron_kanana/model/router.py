@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+
+
+def reset_expert_bias(chunks: Iterable[torch.nn.Module]) -> None:
+    """Set the biases that balance the experts' loads to zero, in all routers of the chunks."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.expert_bias.zero_()
 
 
 class PaddingAwareRouter(TopKRouter):

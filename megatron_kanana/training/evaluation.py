@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .loss_weights import weigh_alike
 from .metrics import local_loss_share
 from .run import Model, Run, data_iterators
 from .step import run_schedule
@@ -43,6 +44,8 @@ def evaluate(run: Run, dataset: Any) -> float:
         run, dataset, 0, schedule.evaluation_batches * schedule.global_batch_size
     )
     num_microbatches = run.settings.num_microbatches(dist.get_world_size())
+    if run.settings.data.conversations:
+        iterators = weigh_alike(run, iterators, schedule.evaluation_batches * num_microbatches)
     with evaluation_mode(run):
         losses: list[torch.Tensor] = []
         for _ in range(schedule.evaluation_batches):

@@ -27,12 +27,14 @@ from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import choose_backend
 from megatron_kanana.model.builder import build_model
 from megatron_kanana.model.megatron_config import transformer_config
+from megatron_kanana.model.router import reset_expert_bias
 from megatron_kanana.optimizer.build import build_optimizer, wrap_data_parallel
 from megatron_kanana.optimizer.qk_clip import QKClip
 from megatron_kanana.optimizer.schedule import build_scheduler
 from megatron_kanana.optimizer.weight_average import WeightAverage
 
 from .attention_logits import AttentionLogits
+from .conversation_data import conversation_datasets
 from .metrics import ExpertLoadRecorder
 
 logger = logging.getLogger(__name__)
@@ -185,17 +187,24 @@ def restore(run: Run) -> Path | None:
     path = checkpoint_to_start_from(run.settings)
     if path is None:
         return None
+    _load(run, path)
+    if run.step == 0 and run.settings.checkpoint.reset_expert_bias:
+        reset_expert_bias(run.chunks)
+    return path
+
+
+def _load(run: Run, path: Path) -> None:
+    """Take from a checkpoint what the settings ask for."""
     ledger = read_ledger(path)
     if goes_on(run.settings):
         checkpoint_state.load(run, path)
         run.earlier_tokens = ledger.earlier_tokens if ledger else {}
         logger.info("loaded %s: step %d, %d samples", path, run.step, run.consumed_samples)
-        return path
+        return
     with_optimizer = run.settings.checkpoint.load_what == "weights_and_optimizer"
     checkpoint_state.load_for_new_run(run, path, with_optimizer=with_optimizer)
     run.earlier_tokens = ledger.all_tokens if ledger else {}
     logger.info("loaded the weights of %s: this run begins at step 0", path)
-    return path
 
 
 def training_data(run: Run) -> tuple[DataIterators, Any]:
@@ -203,6 +212,9 @@ def training_data(run: Run) -> tuple[DataIterators, Any]:
     settings, data, schedule = run.settings, run.settings.data, run.settings.schedule
     rest = samples_of_steps(settings, schedule.steps - run.step, run.consumed_samples)
     total = run.consumed_samples + rest
+    if data.conversations:
+        conversations, held_out = conversation_datasets(settings, run.tokenizer, total)
+        return data_iterators(run, conversations, run.consumed_samples, total), held_out
     paths = prepare_sources(settings)
     order = SampleOrder(
         run.tokenizer,

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 from megatron_kanana.model.multi_token import take_mtp_losses
 from megatron_kanana.model.segments import padding_mask
 
+from .loss_weights import weigh_alike
 from .run import DataIterators, Run
 
 
@@ -47,6 +48,8 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    if run.settings.data.conversations:
+        iterators = weigh_alike(run, iterators, num_microbatches)
     losses = run_schedule(run, iterators, num_microbatches, forward_only=False)
     run.scheduler.step(increment=1)
     if run.qk_clip is not None:
