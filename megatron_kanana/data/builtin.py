@@ -72,10 +72,10 @@ def prepare_builtin_data(data: BuiltinData, vocab_size: int) -> None:
     for (prefix, _), documents in zip(data.datasets, corpora, strict=True):
         size = write_dataset(documents, partial / prefix.name, tokenizer)
         logger.info("%s: %d documents, %d tokens", prefix.name, size.documents, size.tokens)
-    for name, documents in _documents().items():
+    for name, texts in _documents().items():
         path = partial / "held_out" / data.held_out[name].name
         path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(documents[-HELD_OUT_DOCUMENTS:]), encoding="utf-8")
+        path.write_text("\n".join(texts[-HELD_OUT_DOCUMENTS:]), encoding="utf-8")
     partial.rename(folder)
 
 

@@ -57,10 +57,13 @@ class Epochs:
         self.size = (tokens - 1) // order.sequence_length
         self._open: dict[int, GPTDataset] = {}
 
-    def prepare(self, first: int, stop: int) -> None:
-        """Write the index files for the samples from `first` up to `stop` that are missing."""
-        for epoch in range(first // self.size, -(-stop // self.size)):
-            self._dataset.prepare(self._seed(epoch), held_out=False)
+    def prepare(self, epoch: int) -> None:
+        """Write the index files of a pass, if they are missing; they appear when all are whole."""
+        self._dataset.prepare(self._seed(epoch), held_out=False)
+
+    def is_prepared(self, epoch: int) -> bool:
+        """Whether the index files of a pass are there."""
+        return self._dataset.is_prepared(self._seed(epoch), held_out=False)
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
         epoch, within = divmod(sample, self.size)
@@ -119,6 +122,10 @@ class _Dataset:
         documents = np.arange(first, stop, dtype=np.int32)
         self._build(partial, documents, seed, held_out, size)
         partial.rename(folder)
+
+    def is_prepared(self, seed: int, *, held_out: bool, size: int | None = None) -> bool:
+        """Whether the index files are there."""
+        return self._folder(seed, held_out, size).is_dir()
 
     def open(self, seed: int, *, held_out: bool, size: int | None = None) -> GPTDataset:
         """A GPTDataset on index files that are there."""

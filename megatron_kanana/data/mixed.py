@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_kanana.config import Settings
 from megatron_kanana.config.mixture import Mixture
 from megatron_kanana.config.proportions import Proportions
 
 from .epochs import Epochs, HeldOut, SampleOrder
+from .tokenizer import Tokenizer
 
 SourcePaths = Mapping[str, Sequence[Path]]
 """The datasets of each source of a mixture, by its name."""
+
+
+def sample_order(settings: Settings, tokenizer: Tokenizer) -> SampleOrder:
+    """How a run reads its datasets."""
+    data = settings.data
+    return SampleOrder(
+        tokenizer,
+        data.sequence_length,
+        settings.seed,
+        data.held_out_percent,
+        Path(data.cache_dir),
+    )
 
 
 class MixedSamples(torch.utils.data.Dataset[dict[str, Any]]):
@@ -52,11 +66,14 @@ class MixedSamples(torch.utils.data.Dataset[dict[str, Any]]):
         source, index = self._mixture.place(sample)
         return _with_segments(self._sources[source][index], self._end_of_document)
 
-    def prepare(self, consumed: int) -> None:
-        """Write the index files that samples from `consumed` on need; on one process only."""
+    def missing(self, consumed: int) -> list[tuple[Path, int]]:
+        """Passes without index files that samples from `consumed` on need: dataset and number."""
         begin, end = self._mixture.counts(consumed), self._mixture.counts(self._total)
-        for source, first, stop in zip(self._sources, begin, end, strict=True):
-            source.prepare(int(first), int(stop))
+        return [
+            missing
+            for source, first, stop in zip(self._sources, begin, end, strict=True)
+            for missing in source.missing(int(first), int(stop))
+        ]
 
 
 class HeldOutSamples(torch.utils.data.Dataset[dict[str, Any]]):
@@ -112,6 +129,7 @@ class _Source:
     """The samples of one source, each dataset's share of them by its size."""
 
     def __init__(self, paths: Sequence[Path], order: SampleOrder) -> None:
+        self._paths = paths
         self._datasets = [Epochs(path, order) for path in paths]
         self._proportions = Proportions([dataset.size for dataset in self._datasets])
 
@@ -119,12 +137,25 @@ class _Source:
         owners, indices = self._proportions.window(sample, sample + 1)
         return self._datasets[int(owners[0])][int(indices[0])]
 
-    def prepare(self, first: int, stop: int) -> None:
-        """Write the index files for the samples from `first` up to `stop`."""
+    def missing(self, first: int, stop: int) -> Iterator[tuple[Path, int]]:
+        """Passes without index files that the samples from `first` up to `stop` need."""
         begin, end = self._proportions.counts(first), self._proportions.counts(stop)
-        for dataset, of_first, of_stop in zip(self._datasets, begin, end, strict=True):
+        for path, dataset, of_first, of_stop in zip(
+            self._paths, self._datasets, map(int, begin), map(int, end), strict=True
+        ):
             if of_stop > of_first:
-                dataset.prepare(int(of_first), int(of_stop))
+                for number in range(of_first // dataset.size, -(-of_stop // dataset.size)):
+                    if not dataset.is_prepared(number):
+                        yield path, number
+
+
+def prepare_pass(path: Path, number: int, order: SampleOrder) -> None:
+    """Write the index files of one of a dataset's passes.
+
+    Where torch.distributed is at work only its first process may do so: megatron-core writes none
+    on others.
+    """
+    Epochs(path, order).prepare(number)
 
 
 def document_segments(tokens: torch.Tensor, end_of_document: int) -> torch.Tensor:

@@ -16,8 +16,9 @@ from megatron_kanana.config.saved import whole_path
 from .evaluation import evaluate_both
 from .generation import generate
 from .metrics import StepMetrics, collect_metrics
+from .perplexity import held_out_loss
 from .records import Recorder, read_records
-from .run import Run, training_data
+from .run import Run, evaluation_sets, training_data
 from .sampling import Sampling
 from .step import StepResult, train_step
 
@@ -40,6 +41,7 @@ def train(run: Run) -> None:
     )
     writer = CheckpointWriter(Path(settings.checkpoint_dir), settings.checkpoint)
     iterators, evaluation_data = training_data(run)
+    sets = evaluation_sets(settings, run.tokenizer) if schedule.evaluation_interval else {}
     measured_tokens, measured_time = run.consumed_tokens, time.monotonic()
     while run.step < last_step:
         result = train_step(run, iterators)
@@ -50,14 +52,15 @@ def train(run: Run) -> None:
                 rate = (run.consumed_tokens - measured_tokens) / (now - measured_time)
                 learning_rate = get_canonical_lr_for_logging(run.optimizer.param_groups)
                 recorder.record_step(
-                    run.step, run.consumed_tokens, metrics, result.grad_norm, learning_rate, rate
+                    run.step, run.ledger, metrics, result.grad_norm, learning_rate, rate
                 )
             measured_tokens, measured_time = run.consumed_tokens, now
         interval = schedule.evaluation_interval
         if interval and (run.step % interval == 0 or run.step == schedule.steps):
             losses = evaluate_both(run, evaluation_data)
+            of_sets = {name: held_out_loss(run, text) for name, text in sets.items()}
             if recorder is not None:
-                recorder.record_evaluation(run.step, run.consumed_tokens, *losses)
+                recorder.record_evaluation(run.step, run.consumed_tokens, *losses, of_sets)
             measured_time = time.monotonic()
         if settings.checkpoint.save_interval and run.step % settings.checkpoint.save_interval == 0:
             writer.save(run)
@@ -106,5 +109,6 @@ def _report(run: Run, recorder: Recorder | None) -> None:
         dataclasses.asdict(settings),
         sample,
         str(checkpoint),
+        run.ledger,
     )
     recorder.say(f"text sample:\n{sample}\n\ncheckpoint: {checkpoint}\nreport: {report}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from megatron_kanana.config.ledger import Ledger
+
 from .metrics import StepMetrics
+from .perplexity import HeldOutLoss
+
+SET_FIGURES = ("loss", "perplexity", "bits_per_byte")
+"""What is told of each held-out set: nats a token, exp of it, and bits a byte of its text."""
 
 SECONDS_BETWEEN_LINES = 2.0  # where there is no terminal to redraw a line on
 
@@ -54,13 +61,13 @@ class Recorder:
     def record_step(
         self,
         step: int,
-        tokens: int,
+        ledger: Ledger,
         metrics: StepMetrics,
         grad_norm: float,
         learning_rate: float,
         tokens_per_second: float,
     ) -> None:
-        """Write one measured step everywhere; `tokens` are those trained on so far."""
+        """Write one measured step everywhere; the ledger tells the tokens trained on so far."""
         scalars = {
             "loss": metrics.loss,
             "grad_norm": grad_norm,
@@ -73,7 +80,8 @@ class Recorder:
         self._write(
             {
                 "step": step,
-                "tokens": tokens,
+                "tokens": sum(ledger.tokens.values()),
+                "source_tokens": ledger.tokens,
                 **scalars,
                 "mtp_losses": metrics.mtp_losses,
                 "max_attention_logits": metrics.max_logits,
@@ -85,20 +93,35 @@ class Recorder:
             **{f"max_attention_logit/layer_{i}": v for i, v in enumerate(metrics.max_logits, 1)},
             **{f"max_violation/layer_{i}": v for i, v in metrics.max_violations.items()},
         }
+        tokens = {f"source_tokens/{name}": float(n) for name, n in ledger.tokens.items()}
         train = {f"train/{name}": value for name, value in (scalars | mtp_losses).items()}
-        self._scalars(step, train | layers)
+        self._scalars(step, train | layers | tokens)
         self._show(step, scalars, metrics.mtp_losses)
 
     def record_evaluation(
-        self, step: int, tokens: int, loss: float, averaged_loss: float | None = None
+        self,
+        step: int,
+        tokens: int,
+        loss: float,
+        averaged_loss: float | None = None,
+        sets: Mapping[str, HeldOutLoss] | None = None,
     ) -> None:
-        """Write one evaluation, of the weights and perhaps of their average."""
-        record, scalars = {"evaluation_loss": loss}, {"evaluation/loss": loss}
+        """Write one evaluation, of the weights and perhaps of their average, and of named sets."""
+        record: dict[str, Any] = {"evaluation_loss": loss}
+        scalars = {"evaluation/loss": loss}
         message = f"step {step}: held-out loss {loss:.4f}"
         if averaged_loss is not None:
             record["averaged_evaluation_loss"] = averaged_loss
             scalars["evaluation/averaged_loss"] = averaged_loss
             message += f", of the averaged weights {averaged_loss:.4f}"
+        if sets:
+            record["evaluation_sets"] = {
+                name: {figure: getattr(held_out, figure) for figure in SET_FIGURES}
+                for name, held_out in sets.items()
+            }
+            for name, figures in record["evaluation_sets"].items():
+                scalars |= {f"evaluation_{figure}/{name}": v for figure, v in figures.items()}
+            message += "; " + ", ".join(f"{name} {each.loss:.4f}" for name, each in sets.items())
         self._write({"step": step, "tokens": tokens, **record})
         self._scalars(step, scalars)
         self.say(message)

@@ -13,15 +13,25 @@ from megatron.core.num_microbatches_calculator import init_num_microbatches_calc
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_kanana.checkpoint import state as checkpoint_state
-from megatron_kanana.config import Settings, checkpoint_to_start_from
+from megatron_kanana.config import (
+    ConfigurationError,
+    Problem,
+    Settings,
+    checkpoint_to_start_from,
+)
 from megatron_kanana.config.batch_sizes import global_batch_size, samples_of_steps
 from megatron_kanana.config.ledger import Ledger, read_ledger
 from megatron_kanana.config.mixture import mixture, sources, tokens_by_source
 from megatron_kanana.config.saved import goes_on
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
-from megatron_kanana.data.epochs import SampleOrder
+from megatron_kanana.data.held_out import HeldOutText, read_held_out
 from megatron_kanana.data.loader import MicrobatchSampler, microbatches
-from megatron_kanana.data.mixed import HeldOutSamples, MixedSamples
+from megatron_kanana.data.mixed import (
+    HeldOutSamples,
+    MixedSamples,
+    prepare_pass,
+    sample_order,
+)
 from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import choose_backend
@@ -173,6 +183,32 @@ def prepare_sources(settings: Settings) -> dict[str, list[Path]]:
     return paths
 
 
+def evaluation_sets(settings: Settings, tokenizer: Tokenizer) -> dict[str, HeldOutText]:
+    """The held-out sets by name; without any, the built-in text's languages if it is trained on.
+
+    Raises:
+        ConfigurationError: a set cannot be read, or holds too little to predict.
+    """
+    data = settings.data
+    if data.evaluation_sets:
+        paths = {each.name: Path(each.path) for each in data.evaluation_sets}
+    elif data.conversations or any(source.paths for source in sources(data)):
+        return {}
+    else:
+        paths = _prepare_builtin(settings).held_out
+    texts: dict[str, HeldOutText] = {}
+    problems: list[Problem] = []
+    for name, path in paths.items():
+        try:
+            texts[name] = read_held_out(path, tokenizer, data.sequence_length)
+        except ValueError as error:
+            remedy = "give text that the run's tokenizer encodes to two tokens or more"
+            problems.append(Problem(f"data.evaluation_sets ({name})", path, str(error), remedy))
+    if problems:
+        raise ConfigurationError(problems)
+    return texts
+
+
 def _prepare_builtin(settings: Settings) -> BuiltinData:
     """Built-in tokenizer and datasets; rank 0 makes them at first use, the others wait."""
     builtin = builtin_data(Path(settings.data.cache_dir), settings.model.vocab_size)
@@ -216,13 +252,7 @@ def training_data(run: Run) -> tuple[DataIterators, Any]:
         conversations, held_out = conversation_datasets(settings, run.tokenizer, total)
         return data_iterators(run, conversations, run.consumed_samples, total), held_out
     paths = prepare_sources(settings)
-    order = SampleOrder(
-        run.tokenizer,
-        data.sequence_length,
-        settings.seed,
-        data.held_out_percent,
-        Path(data.cache_dir),
-    )
+    order = sample_order(settings, run.tokenizer)
     of_run, document_mask = mixture(data), data.document_mask
     train = MixedSamples(of_run, paths, order, total, document_mask=document_mask)
     evaluation = None
@@ -230,7 +260,9 @@ def training_data(run: Run) -> tuple[DataIterators, Any]:
         samples = schedule.evaluation_batches * schedule.global_batch_size
         evaluation = HeldOutSamples(of_run, paths, order, samples, document_mask=document_mask)
     if dist.get_rank() == 0:
-        train.prepare(run.consumed_samples)
+        for path, number in train.missing(run.consumed_samples):
+            logger.info("first use: writing the order of samples of %s, pass %d", path, number + 1)
+            prepare_pass(path, number, order)
         if evaluation is not None:
             evaluation.prepare()
     dist.barrier()

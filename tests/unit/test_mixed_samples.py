@@ -14,7 +14,7 @@ import torch
 
 from megatron_kanana.config.mixture import Mixture
 from megatron_kanana.data.epochs import Epochs, SampleOrder
-from megatron_kanana.data.mixed import HeldOutSamples, MixedSamples, document_segments
+from megatron_kanana.data.mixed import HeldOutSamples, MixedSamples, document_segments, prepare_pass
 from tests.indexed_datasets import END_OF_DOCUMENT, plain_tokenizer, write_documents
 
 LENGTH = 16
@@ -59,8 +59,15 @@ def mixed(folder: Path, mixture: Mixture, total: int, consumed: int = 0) -> Mixe
     """Samples of a run over sources a, and b with c."""
     paths = {"a": [folder / "a"], "others": [folder / "b", folder / "c"]}
     samples = MixedSamples(mixture, paths, order(folder), total, document_mask=False)
-    samples.prepare(consumed)
+    prepare(samples, folder, consumed)
     return samples
+
+
+def prepare(samples: MixedSamples, folder: Path, consumed: int = 0) -> None:
+    """Write the index files they need."""
+    for path, number in samples.missing(consumed):
+        prepare_pass(path, number, order(folder))
+    assert not samples.missing(consumed)
 
 
 def test_each_pass_has_the_training_documents_once_in_an_order_of_its_own(
@@ -69,7 +76,8 @@ def test_each_pass_has_the_training_documents_once_in_an_order_of_its_own(
     training = [token for document in corpora["a"][:36] for token in document]
     epochs = Epochs(tmp_path / "a", order(tmp_path))
     assert epochs.size == (len(training) + 36 - 1) // LENGTH
-    epochs.prepare(0, 3 * epochs.size)
+    for number in range(3):
+        epochs.prepare(number)
     passes = [read(epochs, range(n * epochs.size, (n + 1) * epochs.size)) for n in range(3)]
     for samples in passes:
         tokens = without_ends(samples)
@@ -81,13 +89,13 @@ def test_each_pass_has_the_training_documents_once_in_an_order_of_its_own(
     third = Epochs(tmp_path / "a", order(tmp_path))
     assert read(third, range(2 * epochs.size, 3 * epochs.size)) == passes[2]
     other = Epochs(tmp_path / "a", order(tmp_path, seed=6))
-    other.prepare(0, 1)
+    other.prepare(0)
     assert read(other, range(epochs.size)) != passes[0]
 
 
 def test_labels_are_the_next_tokens(corpora: dict[str, list[range]], tmp_path: Path) -> None:
     epochs = Epochs(tmp_path / "b", order(tmp_path))
-    epochs.prepare(0, epochs.size)
+    epochs.prepare(0)
     for number in range(epochs.size):
         sample = epochs[number]
         assert torch.equal(sample["labels"][:-1], sample["tokens"][1:])
@@ -171,7 +179,7 @@ def test_documents_of_a_sample_are_numbered_from_zero(
     samples = MixedSamples(
         mixture, {"b": [tmp_path / "b"]}, order(tmp_path), 10, document_mask=True
     )
-    samples.prepare(0)
+    prepare(samples, tmp_path)
     assert samples.has_segment_ids
     for number in range(10):
         sample = samples[number]

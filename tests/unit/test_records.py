@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import math
 import re
 from pathlib import Path
 
@@ -13,9 +14,16 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_kanana.config import Environment, load_settings
+from megatron_kanana.config.ledger import Ledger
 from megatron_kanana.training.metrics import StepMetrics, max_violation
+from megatron_kanana.training.perplexity import HeldOutLoss
 from megatron_kanana.training.records import Recorder, read_records
 from megatron_kanana.training.report import write_report
+
+
+def ledger(step: int) -> Ledger:
+    """A quarter of the tokens are Korean; an earlier run had other sources."""
+    return Ledger(step, 64, {"korean": 16 * step, "code": 48 * step}, {"code": 1000, "web": 500})
 
 
 def record(
@@ -31,9 +39,10 @@ def record(
             mtp_losses=list(mtp_losses),
         )
         recorder.record_step(
-            step, 64 * step, metrics, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=9
+            step, ledger(step), metrics, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=9
         )
-    recorder.record_evaluation(last, 64 * last, 4.25)
+    sets = {"ko": HeldOutLoss(documents=2, tokens=60, num_bytes=90, predicted=58, nats=58 * 3.5)}
+    recorder.record_evaluation(last, 64 * last, 4.25, None, sets)
     recorder.close()
 
 
@@ -67,7 +76,23 @@ def test_a_resumed_run_writes_over_the_steps_it_repeats(tmp_path: Path) -> None:
         "max_attention_logit/layer_2",
         "max_violation/layer_2",
         "evaluation/loss",
+        "evaluation_bits_per_byte/ko",
+        "source_tokens/korean",
     } <= set(events.Tags()["scalars"])
+
+
+def test_tokens_by_source_and_held_out_sets_are_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, 1, 2)
+    assert "held-out loss 4.2500; ko 3.5000" in capsys.readouterr().out
+    *steps, evaluation = read_records(tmp_path / "metrics.jsonl")
+    assert [step["tokens"] for step in steps] == [64, 128]
+    assert steps[1]["source_tokens"] == {"korean": 32, "code": 96}
+    ko = evaluation["evaluation_sets"]["ko"]
+    assert ko["loss"] == pytest.approx(3.5)
+    assert ko["perplexity"] == pytest.approx(math.exp(3.5))
+    assert ko["bits_per_byte"] == pytest.approx(3.5 / math.log(2) * 60 / 90)
 
 
 def test_a_line_of_progress_tells_everything(
@@ -100,13 +125,16 @@ def test_the_report_shows_curves_sample_and_settings(
     settings = dataclasses.asdict(load_settings([], Environment()))
     path = tmp_path / "report.html"
     records = read_records(tmp_path / "metrics.jsonl")
-    write_report(path, records, settings, "def <script>()", "runs/x/step_00000010")
+    write_report(path, records, settings, "def <script>()", "runs/x/step_00000010", ledger(10))
     page = path.read_text()
     assert "def &lt;script&gt;()" in page
     assert "9.0000 to 0.0000" in page
     assert "4.2500" in page
     assert "runs/x/step_00000010" in page
     assert "kv_lora_rank: 64" in page
+    assert "<td>code</td><td>480 (75.00%), and 1,000 in earlier runs</td>" in page
+    assert "<td>korean</td><td>160 (25.00%)</td>" in page
+    assert "<td>web</td><td>0 (0.00%), and 500 in earlier runs</td>" in page
     encoded = re.search(r'src="data:image/png;base64,([^"]+)"', page)
     assert encoded is not None
     picture = Image.open(io.BytesIO(base64.b64decode(encoded.group(1))))
