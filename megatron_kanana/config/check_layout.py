@@ -111,14 +111,7 @@ def check_sharding(settings: Settings, environment: Environment) -> Iterator[Pro
                 f"does not divide {name} = {size}",
                 f"choose one of {_divisors(size)}" if size < 512 else "choose a divisor of it",
             )
-    stages = parallel.pipeline_parallel_size * parallel.virtual_pipeline_stages
-    if model.num_layers % stages:
-        yield Problem(
-            "parallel.pipeline_parallel_size x parallel.virtual_pipeline_stages",
-            stages,
-            f"does not divide model.num_layers = {model.num_layers}",
-            f"choose a product among {_divisors(model.num_layers)}",
-        )
+    yield from check_stages(settings)
     if parallel.virtual_pipeline_stages > 1 and parallel.pipeline_parallel_size == 1:
         yield Problem(
             "parallel.virtual_pipeline_stages",
@@ -132,6 +125,40 @@ def check_sharding(settings: Settings, environment: Environment) -> Iterator[Pro
             parallel.expert_tensor_parallel_size,
             f"is larger than parallel.tensor_parallel_size = {tensor}",
             f"choose at most {tensor}",
+        )
+
+
+def check_stages(settings: Settings) -> Iterator[Problem]:
+    """The layers can be dealt over the pipeline's stages, and none is left without."""
+    model, parallel = settings.model, settings.parallel
+    stages = parallel.pipeline_parallel_size * parallel.virtual_pipeline_stages
+    name = "parallel.pipeline_parallel_size x parallel.virtual_pipeline_stages"
+    counted = 2 if parallel.embeddings_count_as_layers else 0
+    places = model.num_layers + counted
+    if parallel.embeddings_count_as_layers and parallel.pipeline_parallel_size == 1:
+        yield Problem(
+            "parallel.embeddings_count_as_layers",
+            True,
+            "there is no pipeline to deal layers over",
+            "set it to false, or parallel.pipeline_parallel_size above 1",
+        )
+    elif places % stages:
+        also = " + embedding and output layer" if counted else ""
+        other = model.num_layers + 2 - counted
+        remedy = f"choose a product among {_divisors(places)}"
+        if other % stages == 0 and parallel.pipeline_parallel_size > 1:
+            turned = str(not counted).lower()
+            remedy += f", or parallel.embeddings_count_as_layers={turned}"
+        yield Problem(
+            name, stages, f"does not divide model.num_layers = {model.num_layers}{also}", remedy
+        )
+    elif counted and places == stages:
+        yield Problem(
+            name,
+            stages,
+            "with parallel.embeddings_count_as_layers leaves the first and the last stage without"
+            " a transformer layer",
+            f"choose a product among {_divisors(places)} below {stages}",
         )
 
 

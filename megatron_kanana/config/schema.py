@@ -114,6 +114,11 @@ class ParallelSettings:
     virtual_pipeline_stages: int = setting(
         1, help="interleaved stages each pipeline rank holds", minimum=1
     )
+    embeddings_count_as_layers: bool = setting(
+        False,
+        help="pipeline stages of equal size count the embedding as a layer of the first and the"
+        " output layer as one of the last, which so get fewer transformer layers",
+    )
     expert_parallel_size: int = setting(1, help="processes the experts are dealt over", minimum=1)
     expert_tensor_parallel_size: int = setting(
         1, help="processes one expert is split over", minimum=1

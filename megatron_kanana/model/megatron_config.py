@@ -72,6 +72,8 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline_stages if interleaved else None
         ),
+        account_for_embedding_in_pipeline_split=parallel.embeddings_count_as_layers,
+        account_for_loss_in_pipeline_split=parallel.embeddings_count_as_layers,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         pipeline_dtype=device.dtype,

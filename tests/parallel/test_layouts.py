@@ -14,6 +14,8 @@ TOLERANCE = 1e-5  # relative
 
 TENSOR = "parallel.tensor_parallel_size=2"
 PIPELINE = "parallel.pipeline_parallel_size=2"
+PIPELINE_OF_3 = "parallel.pipeline_parallel_size=3"
+COUNT_EMBEDDINGS = "parallel.embeddings_count_as_layers=true"
 VIRTUAL = "parallel.virtual_pipeline_stages=2"
 EXPERT = "parallel.expert_parallel_size=2"
 EXPERT_TENSOR = "parallel.expert_tensor_parallel_size=2"
@@ -26,6 +28,7 @@ LAYOUTS = {
     "TP2": (2, [TENSOR]),
     "PP2": (2, [PIPELINE]),
     "PP2 with 2 virtual stages": (2, [PIPELINE, VIRTUAL]),
+    "PP3 of unequal stages": (3, [PIPELINE_OF_3, COUNT_EMBEDDINGS]),
     "EP2 alltoall": (2, [EXPERT]),
     "EP2 allgather": (2, [EXPERT, ALLGATHER]),
     "DP2 with the distributed optimizer": (2, []),

@@ -209,6 +209,26 @@ BAD = {
         "choose a product among 1, 2, 4",
         world(3),
     ),
+    "stages do not divide layers, embedding and output layer": Bad(
+        ("parallel.pipeline_parallel_size=4", "parallel.embeddings_count_as_layers=true"),
+        "parallel.pipeline_parallel_size x parallel.virtual_pipeline_stages",
+        "4",
+        "1, 2, 3, 6, or parallel.embeddings_count_as_layers=false",
+        world(4),
+    ),
+    "stages without a transformer layer": Bad(
+        ("parallel.pipeline_parallel_size=6", "parallel.embeddings_count_as_layers=true"),
+        "parallel.pipeline_parallel_size x parallel.virtual_pipeline_stages",
+        "6",
+        "choose a product among 1, 2, 3, 6 below 6",
+        world(6),
+    ),
+    "embeddings counted as layers without a pipeline": Bad(
+        ("parallel.embeddings_count_as_layers=true",),
+        "parallel.embeddings_count_as_layers",
+        "True",
+        "set it to false",
+    ),
     "virtual stages without a pipeline": Bad(
         ("parallel.virtual_pipeline_stages=2",),
         "parallel.virtual_pipeline_stages",
