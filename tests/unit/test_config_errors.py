@@ -488,6 +488,54 @@ BAD = {
         "short",
         "an indexed dataset without its suffix",
     ),
+    "missing conversations": Bad(
+        ("data.conversations=[{tmp}/none.jsonl]",),
+        "data.conversations[0]",
+        "none.jsonl",
+        "give a file of conversations",
+    ),
+    "conversations of an unknown kind": Bad(
+        ("data.conversations=[{tmp}/notes.txt]",),
+        "data.conversations[0]",
+        "notes.txt",
+        "give a .jsonl or .parquet file",
+    ),
+    "conversations both learnt and held out": Bad(
+        (
+            "data.conversations=[{tmp}/chat.jsonl]",
+            "data.held_out_conversations=[{tmp}/chat.jsonl]",
+        ),
+        "data.held_out_conversations[0]",
+        "chat.jsonl",
+        "name it once",
+    ),
+    "held-out conversations alone": Bad(
+        ("data.held_out_conversations=[{tmp}/chat.jsonl]",),
+        "data.held_out_conversations",
+        "chat.jsonl",
+        "evaluate on text with data.evaluation_sets",
+    ),
+    "conversations beside text": Bad(
+        ("data.conversations=[{tmp}/chat.jsonl]", "data.blend=[{source:six_languages}]"),
+        "data.blend",
+        "given",
+        "leave one of them out",
+    ),
+    "no conversations to evaluate on": Bad(
+        ("data.conversations=[{tmp}/chat.jsonl]", "data.held_out_percent=0"),
+        "data.held_out_percent",
+        "0.0",
+        "schedule.evaluation_interval=0",
+    ),
+    "unknown policy for long conversations": Bad(
+        ("data.chat.too_long=split",), "data.chat.too_long", "split", "drop or truncate or error"
+    ),
+    "expert biases reset without a checkpoint": Bad(
+        ("checkpoint.reset_expert_bias=true",),
+        "checkpoint.reset_expert_bias",
+        "true",
+        "set checkpoint.load",
+    ),
     "weights with two optimizers": Bad(
         ("optimizer=muon", "optimizer.muon_kinds=[router]", "optimizer.adamw_kinds=[router]"),
         "optimizer.muon_kinds",
@@ -572,6 +620,73 @@ BAD = {
     "kept steps that are never saved": Bad(
         ("checkpoint.keep_every=70",), "checkpoint.keep_every", "70", "choose a multiple"
     ),
+    "unknown cluster": Bad(("cluster=pbs",), "cluster", "pbs", "h200_slurm or local or slurm"),
+    "several nodes of this machine": Bad(
+        ("cluster.nodes=2",), "cluster.nodes", "2", "choose cluster=slurm"
+    ),
+    "spare nodes of this machine": Bad(
+        ("cluster.spare_nodes=1",), "cluster.spare_nodes", "1", "choose cluster=slurm"
+    ),
+    "SLURM nodes with unknown GPUs": Bad(
+        ("cluster=slurm", "cluster.gpus_per_node=null"),
+        "cluster.gpus_per_node",
+        "null",
+        "or 0 to train on CPUs",
+    ),
+    "more processes than GPUs of a node": Bad(
+        ("cluster=slurm", "cluster.processes_per_node=9"),
+        "cluster.processes_per_node",
+        "9",
+        "start one process a GPU",
+    ),
+    "time limit in words": Bad(
+        ("cluster=slurm", "cluster.time_limit='two days'"),
+        "cluster.time_limit",
+        "two days",
+        "such as 1-12:00:00",
+    ),
+    "signal before the beginning": Bad(
+        ("cluster=slurm", "cluster.time_limit='0:10:00'"),
+        "cluster.signal_seconds",
+        "600",
+        "or a longer time limit",
+    ),
+    "option of sbatch without its dashes": Bad(
+        ("cluster=slurm", "cluster.sbatch_options=['qos=high']"),
+        "cluster.sbatch_options",
+        "qos=high",
+        "write each as '--name=value'",
+    ),
+    "option of sbatch that is a setting": Bad(
+        ("cluster=slurm", "cluster.sbatch_options=['--time=1:00:00']"),
+        "cluster.sbatch_options",
+        "--time=1:00:00",
+        "set cluster.time_limit",
+    ),
+    "variable with a space": Bad(
+        ("cluster.variables={'NCCL DEBUG':INFO}",),
+        "cluster.variables.NCCL DEBUG",
+        "INFO",
+        "use letters, digits and _",
+    ),
+    "container without an image": Bad(
+        ("cluster=slurm", "cluster.container=pyxis"),
+        "cluster.container_image",
+        "null",
+        "name it",
+    ),
+    "image without a container": Bad(
+        ("cluster=slurm", "cluster.container_image=kanana.sif"),
+        "cluster.container_image",
+        "kanana.sif",
+        "set cluster.container=pyxis or apptainer",
+    ),
+    "container on this machine": Bad(
+        ("cluster.container=apptainer", "cluster.container_image=kanana.sif"),
+        "cluster.container",
+        "apptainer",
+        "start submit.py in the container",
+    ),
     "output folder that is a file": Bad(
         ("output_dir={tmp}/notes.txt",), "output_dir", "notes.txt", "name a folder"
     ),
@@ -619,6 +734,7 @@ def folder(tmp_path: Path, tokenizers: Path) -> Path:
     """A folder with a text file and a checkpoint's settings."""
     for suffix in ("txt", "bin", "idx"):
         (tmp_path / f"notes.{suffix}").write_text("neither tokenizer nor dataset " * 3)
+    (tmp_path / "chat.jsonl").write_text("")
     for name in ("small", "short"):
         builder = IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=numpy.uint16)
         for _ in range(12):
