@@ -39,17 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
     where = device.prepare_device(settings, environment)
     device.initialize_process_groups(settings, where)
 
+    from megatron_kanana.training.interruption import Interruption
     from megatron_kanana.training.loop import train
     from megatron_kanana.training.run import build_run, restore
 
     run = build_run(settings, where)
     restore(run)
-    try:
-        train(run)
-    except ConfigurationError as error:  # found in the data, which is read by then
-        return tell(error, environment.rank)
+    with Interruption(where.torch_device) as interruption:
+        try:
+            train(run, interruption)
+        except ConfigurationError as error:  # found in the data, which is read by then
+            return tell(error, environment.rank)
     device.destroy_process_groups()
-    return 0
+    return interruption.exit_status
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

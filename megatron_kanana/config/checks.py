@@ -1,6 +1,6 @@
 """Combinations of settings that cannot work, each with its remedy.
 
-One function a subject, here and in `check_layout.py` and `check_files.py`; each yields every
+One function a subject, here and in the `check_*.py` beside; each yields every
 problem it finds. Limits of a single setting are declared beside it in `schema.py`.
 """
 
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 
+from .check_cluster import check_cluster
 from .check_files import check_checkpoint, check_data
 from .check_layout import check_model, check_sharding, check_world
 from .environment import (
@@ -22,9 +23,17 @@ from .problems import Problem
 from .schema import Settings
 
 
-def check(settings: Settings, environment: Environment) -> list[Problem]:
-    """Every wrong combination in `settings` for this machine and launch."""
-    subjects = (
+def check(
+    settings: Settings, environment: Environment, *, with_files: bool = True
+) -> list[Problem]:
+    """Every wrong combination in `settings` for this machine and launch.
+
+    Args:
+        settings: limits of single settings have been checked.
+        environment: the machine and the launch.
+        with_files: whether files that the settings name must be there.
+    """
+    subjects = [
         check_versions,
         check_device,
         check_model,
@@ -33,9 +42,10 @@ def check(settings: Settings, environment: Environment) -> list[Problem]:
         check_schedule,
         check_optimizer,
         check_transfer,
-        check_data,
-        check_checkpoint,
-    )
+        check_cluster,
+    ]
+    if with_files:
+        subjects += [check_data, check_checkpoint]
     return [problem for subject in subjects for problem in subject(settings, environment)]
 
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .check_layout import check_model, check_sharding
 from .checks import check
+from .cluster_settings import ClusterSettings
 from .environment import Environment
 from .fields import build
 from .problems import ConfigurationError, Problem
@@ -31,12 +32,17 @@ GROUPS = (
     "data",
     "checkpoint",
     "logging",
+    "cluster",
     "experiment",
 )
 
 
 def load_settings(
-    overrides: Sequence[str], environment: Environment, config_dir: str | None = None
+    overrides: Sequence[str],
+    environment: Environment,
+    config_dir: str | None = None,
+    *,
+    with_files: bool = True,
 ) -> Settings:
     """Compose the configuration, check every setting and every combination.
 
@@ -44,6 +50,7 @@ def load_settings(
         overrides: command-line words such as `model=kanana_2_tiny` or `schedule.steps=20`.
         environment: the machine and the launch to check against.
         config_dir: folder with more config groups, searched beside the shipped ones.
+        with_files: whether files that the settings name must be there.
 
     Raises:
         ConfigurationError: with all the problems found.
@@ -59,7 +66,7 @@ def load_settings(
     settings = build(Settings, values, problems) if values is not None else None
     if settings is None:
         settings = _without_faults(choices, assignments, config_dir, problems)
-    return _checked(settings, environment, problems)
+    return _checked(settings, environment, problems, with_files=with_files)
 
 
 def saved_settings(
@@ -84,6 +91,19 @@ def saved_settings(
     values = _apply(OmegaConf.create(dict(saved)), assignments, problems)
     settings = build(Settings, values, problems) if values is not None else None
     return _checked(settings, environment, problems)
+
+
+def cluster_settings(
+    overrides: Sequence[str], config_dir: str | None = None
+) -> ClusterSettings | None:
+    """The group `cluster` alone, by which the launch to check the rest against is known.
+
+    Returns:
+        None where its settings cannot be built; `load_settings` tells why.
+    """
+    choices, assignments = _parse(overrides, config_dir, [])
+    values = _compose(choices, assignments, config_dir, [])
+    return build(ClusterSettings, values["cluster"], []) if values is not None else None
 
 
 def settings_of_model(
@@ -113,11 +133,15 @@ def settings_of_model(
 
 
 def _checked(
-    settings: Settings | None, environment: Environment, problems: list[Problem]
+    settings: Settings | None,
+    environment: Environment,
+    problems: list[Problem],
+    *,
+    with_files: bool = True,
 ) -> Settings:
     """The settings, if neither their making nor their combinations left a problem."""
     if settings is not None:
-        problems.extend(check(settings, environment))
+        problems.extend(check(settings, environment, with_files=with_files))
     if settings is None or problems:
         raise ConfigurationError(problems)
     return settings

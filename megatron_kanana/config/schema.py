@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from .chat_settings import ChatSettings
+from .cluster_settings import ClusterSettings
 from .fields import setting
 
 architecture = partial(setting, fixed_by_checkpoint=True)
@@ -469,6 +470,7 @@ class Settings:
     checkpoint: CheckpointSettings = setting(help="saving and loading")
     logging: LoggingSettings = setting(help="what a person sees")
     kernels: KernelSettings = setting(help="implementation of our operations")
+    cluster: ClusterSettings = setting(ClusterSettings, help="where tools/submit.py starts it")
 
     @property
     def run_dir(self) -> str:

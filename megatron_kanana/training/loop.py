@@ -15,6 +15,7 @@ from megatron_kanana.config.saved import whole_path
 
 from .evaluation import evaluate_both
 from .generation import generate
+from .interruption import Interruption
 from .metrics import StepMetrics, collect_metrics
 from .perplexity import held_out_loss
 from .records import Recorder, read_records
@@ -25,8 +26,8 @@ from .step import StepResult, train_step
 logger = logging.getLogger(__name__)
 
 
-def train(run: Run) -> None:
-    """Train from `run.step` to the end of the schedule, or to `stop_after_step`."""
+def train(run: Run, interruption: Interruption) -> None:
+    """Train from `run.step` to the end of the schedule, to `stop_after_step`, or to a signal."""
     settings = run.settings
     schedule = settings.schedule
     last_step = min(schedule.steps, settings.stop_after_step or schedule.steps)
@@ -66,6 +67,8 @@ def train(run: Run) -> None:
             writer.save(run)
             measured_time = time.monotonic()
         writer.poll()
+        if run.step < last_step and interruption.agreed():
+            break
     if not nothing_to_train:
         writer.save(run)
     writer.finish()

@@ -663,9 +663,9 @@ BAD = {
         "--time=1:00:00",
         "set cluster.time_limit",
     ),
-    "variable with a space": Bad(
-        ("cluster.variables={'NCCL DEBUG':INFO}",),
-        "cluster.variables.NCCL DEBUG",
+    "variable that begins with a digit": Bad(
+        ("cluster.variables={2ND:INFO}",),
+        "cluster.variables.2ND",
         "INFO",
         "use letters, digits and _",
     ),
