@@ -16,7 +16,13 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from megatron_kanana.optimizer.whole_state import Entry, gather_state, owned_entries, scatter_state
+from megatron_kanana.optimizer.whole_state import (
+    FP32_WEIGHT,
+    Entry,
+    gather_state,
+    owned_entries,
+    scatter_state,
+)
 
 Sharded: TypeAlias = "ShardedTensor | ShardedTensorFactory"
 
@@ -38,6 +44,17 @@ def to_save(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
 def to_load(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
     """Places for what this process loads, on the CPU."""
     return places(owned_entries(optimizer), model)
+
+
+def weights_to_load(
+    optimizer: Any, model: Mapping[str, Any], path: Path
+) -> dict[Entry, Sharded] | None:
+    """Places for the fp32 weights that this process loads; None where a checkpoint has none."""
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    if not any(name.startswith(key(FP32_WEIGHT, "")) for name in stored):
+        return None
+    owned = owned_entries(optimizer)
+    return places({entry: owned[entry] for entry in owned if entry.state == FP32_WEIGHT}, model)
 
 
 def describe(

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megatron_kanana.config import Settings
 from megatron_kanana.config.ledger import Ledger
 from megatron_kanana.optimizer.weight_average import WEIGHT_AVERAGE, WeightAverage
-from megatron_kanana.optimizer.whole_state import step_count
+from megatron_kanana.optimizer.whole_state import scatter_weights, step_count
 
 from . import optimizer_state
 
@@ -91,18 +91,26 @@ def load(run: Run, path: Path) -> None:
 
 
 def load_for_new_run(run: Run, path: Path, *, with_optimizer: bool) -> None:
-    """Restore the weights, and the optimizer's moments if wanted; step and schedule stay."""
+    """Restore the weights, and the optimizer's moments if wanted; step and schedule stay.
+
+    Of weights that were trained in a shorter format, the optimizer's fp32 ones are taken where the
+    checkpoint has them.
+    """
     if with_optimizer:
         model = model_state(run.chunks)
         optimizer = optimizer_state.to_load(run.optimizer, model)
         optimizer_state.check_stored(optimizer, path)
-        wanted = {**model, "optimizer": optimizer}
-        state = dist_checkpointing.load(wanted, str(path))
+        state = dist_checkpointing.load({**model, "optimizer": optimizer}, str(path))
         _load_model(run.chunks, state)
         optimizer_state.load(run.optimizer, state["optimizer"], state["optimizer_step"])
     else:
         load_model(run.chunks, path)
         run.optimizer.reload_model_params()
+        model = model_state(run.chunks)
+        weights = optimizer_state.weights_to_load(run.optimizer, model, path)
+        if weights is not None:
+            state = dist_checkpointing.load({"optimizer": weights}, str(path))
+            scatter_weights(run.optimizer, state["optimizer"])
     if run.weight_average is not None:
         run.weight_average.reset()
 

@@ -88,6 +88,18 @@ def scatter_state(optimizer: Any, whole: Mapping[Entry, torch.Tensor], steps: in
                     _piece(member.optimizer, entry, flat.main).copy_(pieces[entry])
 
 
+def scatter_weights(optimizer: Any, whole: Mapping[Entry, torch.Tensor]) -> None:
+    """As `scatter_state` for the fp32 weights alone; moments and number of updates stay."""
+    for member in members(optimizer):
+        items, flats = next(_by_state(member))
+        device = flats[0].parameter.device
+        owned = {entry: whole[entry].flatten() for entry in items if entry in whole}
+        pieces = scatter(items, owned, torch.float32, device, member.data_parallel_group).wait()
+        for entry, flat in zip(items, flats, strict=True):
+            if flat.main is not None:
+                flat.main.detach().copy_(pieces[entry])
+
+
 def step_count(optimizer: Any) -> int:
     """Updates made so far."""
     inner = members(optimizer)[0].optimizer

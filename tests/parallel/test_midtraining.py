@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_kanana.config.ledger import read_ledger
 from megatron_kanana.data.builtin import BuiltinData
@@ -65,8 +66,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[Pat
     stage = (*STAGE, load, "stop_after_step=1")
     longer = (*stage, *LONGER)
     kept = "checkpoint.load_what=weights_and_optimizer"
+    bf16 = "precision.compute=bf16"
     runs = {
         "pretraining": PRETRAINING,
+        "bf16": (bf16, "stop_after_step=2"),
+        "still in bf16": (
+            *(bf16, *STAGE, *STILL, "stop_after_step=1", "schedule.evaluation_interval=0"),
+            f"checkpoint.load={checkpoint(folder, 'bf16', 2)}",
+        ),
         "still": (*stage, *STILL),
         "still and longer": (*longer, *STILL),
         "longer": longer,
@@ -127,6 +134,17 @@ def test_moments_are_kept_or_begin_anew(runs: tuple[Path, dict[str, Any]]) -> No
         # One step on: kept is beta1 old + (1 - beta1) gradient, fresh the second term alone.
         difference = (kept[name] - fresh[name]).double()
         assert difference.allclose(0.9 * old[name].double(), rtol=1e-4, atol=1e-9)
+
+
+def test_weights_trained_in_bf16_are_taken_in_fp32(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = runs
+    before, after = (
+        saved_tensors(checkpoint(folder, *saved)) for saved in (("bf16", 2), ("still in bf16", 1))
+    )
+    names = [name for name in before if name.startswith("optimizer.state.param.")]
+    assert any(not torch.equal(before[n], before[n].bfloat16().float()) for n in names)
+    for name in names:
+        assert after[name].allclose(before[name], rtol=0, atol=1e-11)  # but for a step of 1e-12
 
 
 def test_held_out_sets_have_the_loss_that_the_evaluation_tool_finds(
