@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron_kanana.config import write_settings
 from megatron_kanana.config.ledger import write_ledger
 from megatron_kanana.config.schema import CheckpointSettings
+from megatron_kanana.data.chat import add_chat_template
 from megatron_kanana.data.tokenizer import copy_tokenizer
 
 from .folders import discard_old, partial_path, publish
@@ -48,6 +49,8 @@ class CheckpointWriter:
             write_settings(partial, run.settings)
             write_ledger(partial, run.ledger)
             copy_tokenizer(run.tokenizer.path, partial)
+            if run.settings.data.conversations:
+                add_chat_template(partial)
         dist.barrier()
         request = dist_checkpointing.save(saved_state(run), str(partial), async_sharded_save=True)
         assert isinstance(request, AsyncRequest)

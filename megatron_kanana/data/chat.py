@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
+
+from megatron_kanana.config.saved import TOKENIZER_FOLDER
+from megatron_kanana.config.tokenizer_files import read_json
 
 from .export_tokenizer import CHAT_TEMPLATE
 from .tokenizer import Tokenizer
@@ -191,6 +195,19 @@ def render_chat(
         ValueError: the template refuses the conversation.
     """
     return ChatTemplate(tokenizer).render(messages, tools, thinking)
+
+
+def add_chat_template(checkpoint: Path) -> None:
+    """Put the shipped template beside a checkpoint's Hugging Face tokenizer that brings none.
+
+    The model has then the template with which it was fine-tuned, wherever it is exported to. A
+    SentencePiece model gets it when it is exported.
+    """
+    folder = checkpoint / TOKENIZER_FOLDER
+    own = [folder / CHAT_TEMPLATE.name, folder / "chat_template.json"]
+    in_configuration = "chat_template" in read_json(folder / "tokenizer_config.json")
+    if folder.is_dir() and not in_configuration and not any(path.is_file() for path in own):
+        shutil.copyfile(CHAT_TEMPLATE, folder / CHAT_TEMPLATE.name)
 
 
 def _read_list(path: Path, what: str) -> list[dict[str, Any]]:

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from megatron_kanana.data.builtin import BuiltinData
-from megatron_kanana.data.chat import read_messages, read_tools, render_chat
+from megatron_kanana.data.chat import (
+    add_chat_template,
+    read_messages,
+    read_tools,
+    render_chat,
+)
 from megatron_kanana.data.export_tokenizer import save_hugging_face_tokenizer
 from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 from tests.hugging_face_tokenizers import save_byte_level_tokenizer
@@ -144,6 +150,21 @@ def test_a_tokenizers_own_template_is_used(tmp_path: Path) -> None:
     assert (
         render_chat(published, [QUESTION]) == f"<|begin|><|user|>\n서울 날씨?{end}\n<|assistant|>\n"
     )
+
+
+def test_a_fine_tuned_tokenizer_without_a_template_gets_the_shipped_one(tmp_path: Path) -> None:
+    save_byte_level_tokenizer(tmp_path / "tokenizer", [str(CALL)], 400)
+    template = tmp_path / "tokenizer" / "chat_template.jinja"
+    own = template.read_text()
+    add_chat_template(tmp_path)
+    assert template.read_text() == own
+    template.unlink()
+    prompt = render_chat(load_tokenizer(tmp_path / "tokenizer"), [QUESTION])
+    add_chat_template(tmp_path)
+    full = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "tokenizer"))
+    options = {"tokenize": False, "add_generation_prompt": True}
+    assert full.apply_chat_template([QUESTION], **options) == prompt
+    add_chat_template(tmp_path / "of a SentencePiece model")
 
 
 def test_ill_formed_files_are_named_in_one_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
