@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from megatron_kanana.data.preprocess import missing_key, preprocess
 from megatron_kanana.data.preprocess_job import SHARD_BYTES, Job
+from megatron_kanana.data.processes import WorkerKilledError
 from megatron_kanana.data.text_shards import file_kind, open_parquet
 
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{error.filename or options.output}: {error.strerror}", file=sys.stderr)
         return 2
-    except BrokenProcessPool:
+    except WorkerKilledError:
         print(
             "a worker process was killed, perhaps for want of memory (--workers, --shard-mb);"
             " the same command goes on from the shards that are whole",

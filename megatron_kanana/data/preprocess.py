@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,22 @@ from .index_file import token_dtype
 from .merge_shards import Counts, file_digest, merge_shards
 from .preprocess_job import (
     MANIFEST,
-    READY,
     Job,
     claim_folder,
     describe,
     existing_manifest,
     held_folder,
+    is_ready,
     mark_ready,
     publish,
     read_manifest,
     remove_finished,
     replaces,
     settings_of,
+    shard_name,
 )
 from .preprocess_shard import read_counts, write_shard
-from .processes import Task, run_all, worker_processes
+from .processes import Task, run_tasks
 from .records import MISSING, ShardRecords
 from .text_shards import Shard, cut_shards
 from .tokenizer import Tokenizer, load_tokenizer
@@ -54,7 +53,7 @@ def preprocess(
     Args:
         job: what to do.
         workers: processes that tokenize; 1 tokenizes in this one.
-        force: replace another dataset, and throw away what another interrupted job has done.
+        force: replace another dataset, and throw away shards made with other settings.
         on_bytes: called with the bytes of input that have been done since the last call.
 
     Returns:
@@ -62,7 +61,7 @@ def preprocess(
 
     Raises:
         ValueError: one line that says what is wrong with the call or the files.
-        concurrent.futures.process.BrokenProcessPool: a worker was killed.
+        WorkerKilledError: a worker was killed.
     """
     tokenizer = load_tokenizer(job.tokenizer)
     remove_finished(job)
@@ -71,17 +70,17 @@ def preprocess(
         return existing_manifest(job, tokenizer)
     with held_folder(job.partial):
         description = describe(job, tokenizer)
-        claim_folder(job.partial, description, force=force)
-        if not (job.partial / READY).exists():
+        claim_folder(job, tokenizer, force=force)
+        if not is_ready(job, description):
             if exists:
                 raise ValueError(replaces(job))
             shards = _tokenize(job, workers, on_bytes)
-            manifest = _merge(job, tokenizer, shards)
+            manifest = _merge(job, tokenizer, shards, description["inputs"])
             if description != describe(job, tokenizer):
-                raise ValueError("the inputs changed while they were read; start over with --force")
+                raise ValueError("the inputs changed while they were read: start again")
             text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
             job.merged()[MANIFEST].write_text(text, encoding="utf-8")
-            mark_ready(job)
+            mark_ready(job, description)
         publish(job)
     return read_manifest(job)
 
@@ -108,18 +107,14 @@ def _tokenize(job: Job, workers: int, on_bytes: Callable[[int], None]) -> list[l
     """Write the shards that are missing; the prefixes of all, for each input."""
     shards: list[list[Path]] = [[] for _ in job.inputs]
     tasks = _tasks(job, shards, on_bytes)
-    processes: AbstractContextManager[Executor | None] = nullcontext()
-    if workers > 1:
-        processes = worker_processes(workers, _prepare, (job.tokenizer,))
-    else:
-        _prepare(job.tokenizer)
-    with processes as pool:
-        for done in run_all(pool, tasks, workers + 2):
-            on_bytes(done)
+    for done in run_tasks(workers, _prepare, (job.tokenizer,), tasks):
+        on_bytes(done)
     return shards
 
 
-def _merge(job: Job, tokenizer: Tokenizer, shards: Sequence[Sequence[Path]]) -> dict[str, Any]:
+def _merge(
+    job: Job, tokenizer: Tokenizer, shards: Sequence[Sequence[Path]], names: Sequence[str]
+) -> dict[str, Any]:
     """Put all shards together; returns the manifest."""
     outputs = job.merged()
     inputs = list(zip(job.inputs, shards, strict=True))
@@ -141,10 +136,10 @@ def _merge(job: Job, tokenizer: Tokenizer, shards: Sequence[Sequence[Path]]) -> 
             {
                 "path": str(path),
                 "size": path.stat().st_size,
-                "sha256": _digest_file(job, place).read_text(),
+                "sha256": (job.partial / f"{name}.sha256").read_text(),
                 **dataclasses.asdict(counts),
             }
-            for place, (path, counts) in enumerate(zip(job.inputs, counted, strict=True))
+            for path, name, counts in zip(job.inputs, names, counted, strict=True)
         ],
         "outputs": {
             suffix: {"size": path.stat().st_size, "sha256": file_digest(path)}
@@ -166,11 +161,12 @@ def _prepare(tokenizer: Path) -> None:
 def _tasks(job: Job, shards: list[list[Path]], on_bytes: Callable[[int], None]) -> Iterator[Task]:
     """What is left to do; notes all shards of each input as it comes to them."""
     for place, path in enumerate(job.inputs):
-        digest = _digest_file(job, place)
+        name = shard_name(path)
+        digest = job.partial / f"{name}.sha256"
         if not digest.exists():
             yield _write_digest, (path, digest)
         for number, shard in enumerate(cut_shards(path, job.shard_bytes, job.text_key)):
-            prefix = job.partial / f"{place:05d}_{number:06d}"
+            prefix = job.partial / f"{name}_{number:06d}"
             shards[place].append(prefix)
             if read_counts(prefix) is None:
                 yield _write_shard, (shard, prefix, job.text_key)
@@ -181,10 +177,6 @@ def _tasks(job: Job, shards: list[list[Path]], on_bytes: Callable[[int], None]) 
 def _write_shard(shard: Shard, prefix: Path, text_key: str) -> int:
     write_shard(shard, prefix, _tokenizer, text_key)
     return shard.input_bytes
-
-
-def _digest_file(job: Job, place: int) -> Path:
-    return job.partial / f"{place:05d}.sha256"
 
 
 def _write_digest(path: Path, output: Path) -> int:

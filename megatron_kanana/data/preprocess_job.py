@@ -1,12 +1,15 @@
 """A preprocessing job as it lies on the disk: its folder, its dataset, and whose they are.
 
-OUTPUT.partial/ holds what is done and `job.json`, which says of what it is made. Once everything is
-merged, `READY` is written, and each file of the dataset gets its name, the index last.
+OUTPUT.partial/ holds shards that are done, named by the file that they are of, and `NOTE`, which
+says how they were made: they serve also if a file is left out or another one is added. Once
+everything is merged, `READY` says what of, and each file of the dataset gets its name, the index
+last.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -23,8 +26,7 @@ MANIFEST = ".manifest.json"
 SUFFIXES = (".bin", ".rejects.jsonl", MANIFEST, ".idx")
 """Of the dataset's files, in the order in which they get their names."""
 
-READY = "ready"
-LOCK = "lock"
+LOCK, NOTE, READY = "lock", "shards.json", "ready.json"
 FINISHED = ".finished"
 SHARD_BYTES = 1 << 26
 
@@ -77,16 +79,15 @@ def settings_of(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def describe(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the shards of a job depend on."""
-    stats = [path.stat() for path in job.inputs]
-    return {
-        **settings_of(job, tokenizer),
-        "shard_bytes": job.shard_bytes,
-        "inputs": [
-            [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
-            for path, stat in zip(job.inputs, stats, strict=True)
-        ],
-    }
+    """What the files of a job depend on: `settings_of`, and the inputs as they are now."""
+    return {**settings_of(job, tokenizer), "inputs": [shard_name(path) for path in job.inputs]}
+
+
+def shard_name(path: Path) -> str:
+    """A name for the shards of a file, another one as soon as the file changes."""
+    stat = path.stat()
+    identity = f"{path.absolute()}/{stat.st_size}/{stat.st_mtime_ns}"
+    return hashlib.blake2b(os.fsencode(identity), digest_size=10).hexdigest()
 
 
 @contextmanager
@@ -105,39 +106,58 @@ def held_folder(partial: Path) -> Iterator[None]:
         yield
 
 
-def claim_folder(partial: Path, description: dict[str, Any], *, force: bool) -> None:
-    """Keep what the folder holds if it is of this job, else empty it; note whose it is.
+def claim_folder(job: Job, tokenizer: Tokenizer, *, force: bool) -> None:
+    """Keep the shards that the folder holds if they serve this job, else empty it.
 
     Raises:
-        ValueError: it is of another job, and `force` is not set.
+        ValueError: they do not, and `force` is not set.
     """
-    note = partial / "job.json"
+    note = job.partial / NOTE
+    settings = {**settings_of(job, tokenizer), "shard_bytes": job.shard_bytes}
+    del settings["deduplicate"]  # comes after the shards
     if note.exists():
         earlier = json.loads(note.read_text(encoding="utf-8"))
-        if earlier == description:
+        if earlier == settings:
             return
-        differing = [key for key, value in description.items() if earlier.get(key) != value]
+        differing = [key for key, value in settings.items() if earlier.get(key) != value]
         if not force:
             raise ValueError(
-                f"{partial} holds an interrupted job with other {', '.join(differing)}: repeat"
+                f"{job.partial} holds an interrupted job with other {', '.join(differing)}: repeat"
                 " that one to go on, or throw it away with --force"
             )
         note.unlink()
-    for path in partial.iterdir():
+    for path in job.partial.iterdir():
         if path.name != LOCK:
             path.unlink()
-    written = note.with_name("job.json.new")
-    written.write_text(json.dumps(description), encoding="utf-8")
-    written.replace(note)
+    _write_json(note, settings)
 
 
-def mark_ready(job: Job) -> None:
+def is_ready(job: Job, description: dict[str, Any]) -> bool:
+    """Whether the merged files are whole and of this job; those of another one are deleted."""
+    ready = job.partial / READY
+    if not ready.exists():
+        return False
+    if json.loads(ready.read_text(encoding="utf-8")) == description:
+        return True
+    ready.unlink()
+    for path in job.merged().values():
+        path.unlink(missing_ok=True)
+    return False
+
+
+def mark_ready(job: Job, description: dict[str, Any]) -> None:
     """Note that the merged files are whole, once they are on the disk."""
     for path in job.merged().values():
         if path.exists():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    (job.partial / READY).touch()
+    _write_json(job.partial / READY, description)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    written = path.with_name(f"{path.name}.new")
+    written.write_text(json.dumps(values), encoding="utf-8")
+    written.replace(path)
 
 
 def publish(job: Job) -> None:

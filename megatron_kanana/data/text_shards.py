@@ -166,10 +166,11 @@ def _cut_parquet(path: Path, max_bytes: int, text_key: str) -> Iterator[Shard]:
         metadata.row_group(group).column(column).total_uncompressed_size
         for group in range(metadata.num_row_groups)
     ]
-    start = held = 0
+    total = max(1, sum(sizes))
+    start = before = held = 0
     for group, group_bytes in enumerate(sizes):
         held += group_bytes
         if held >= max_bytes or group == len(sizes) - 1:
-            share = size * held // max(1, sum(sizes))
+            share = size * (before + held) // total - size * before // total
             yield Shard(path, "parquet", start, group + 1, None, share)
-            start, held = group + 1, 0
+            start, before, held = group + 1, before + held, 0
