@@ -73,8 +73,7 @@ def quiet_libraries() -> None:
 
 
 def initialize_process_groups(settings: Settings, device: Device) -> None:
-    """Join the other processes and lay the model over them (megatron-core's parallel_state)."""
-    from megatron.core import parallel_state
+    """Join the other processes and lay the model over them."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if "RANK" not in os.environ:
@@ -84,16 +83,8 @@ def initialize_process_groups(settings: Settings, device: Device) -> None:
     dist.init_process_group(
         "nccl" if device.is_cuda else "gloo", timeout=datetime.timedelta(minutes=30)
     )
+    lay_over_processes(settings)
     parallel = settings.parallel
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=(
-            parallel.virtual_pipeline_stages if parallel.virtual_pipeline_stages > 1 else None
-        ),
-        expert_model_parallel_size=parallel.expert_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-    )
     world_size = dist.get_world_size()
     logger.info(
         "device: %s, %s; %d x tensor, %d x pipeline, %d x data, experts over %d: %d process%s",
@@ -108,6 +99,23 @@ def initialize_process_groups(settings: Settings, device: Device) -> None:
     )
     torch.manual_seed(settings.seed)
     model_parallel_cuda_manual_seed(settings.seed)
+
+
+def lay_over_processes(settings: Settings, *, with_gloo_groups: bool = True) -> None:
+    """Give each process its place in the layout (megatron-core's parallel_state)."""
+    from megatron.core import parallel_state
+
+    parallel = settings.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline_stages if parallel.virtual_pipeline_stages > 1 else None
+        ),
+        expert_model_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        create_gloo_process_groups=with_gloo_groups,
+    )
 
 
 def _pose_as_single_process() -> None:
