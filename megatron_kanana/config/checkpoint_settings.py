@@ -16,6 +16,7 @@ ONE_PROCESS = (
     "parallel.tensor_parallel_size=1",
     "parallel.pipeline_parallel_size=1",
     "parallel.virtual_pipeline_stages=1",
+    "parallel.embeddings_count_as_layers=false",
     "parallel.expert_parallel_size=1",
     "parallel.expert_tensor_parallel_size=1",
 )

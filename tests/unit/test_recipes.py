@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megatron_kanana.config import ConfigurationError, Environment, Settings, load_settings
+from megatron_kanana.config import (
+    ConfigurationError,
+    Environment,
+    Settings,
+    load_settings,
+    write_settings,
+)
 from megatron_kanana.config.batch_sizes import samples_of_steps
+from megatron_kanana.config.checkpoint_settings import checkpoint_settings
 from megatron_kanana.config.environment import TESTED_MEGATRON_CORE
 from megatron_kanana.config.mixture import tokens_by_source
+from tests.hugging_face_tokenizers import save_byte_level_tokenizer
 
 EXPERIMENT = "experiment=kanana_2_155b_a17b"
 RECIPES = {
@@ -127,3 +137,12 @@ def test_layout_the_cluster_would_refuse_is_refused_with_a_remedy(name: str) -> 
     with pytest.raises(ConfigurationError) as raised:
         load(512, EXPERIMENT, "parallel=h200_512", *overrides)
     assert remedy in str(raised.value)
+
+
+def test_checkpoint_of_the_recipe_can_be_looked_at_on_one_process(tmp_path: Path) -> None:
+    write_settings(tmp_path, load(512, EXPERIMENT, "parallel=h200_512"))
+    save_byte_level_tokenizer(tmp_path / "tokenizer", ["some text"], 300)
+    environment = Environment(megatron_core_version=TESTED_MEGATRON_CORE[0])
+    settings = checkpoint_settings(tmp_path, ["device=cpu", "precision.compute=fp32"], environment)
+    assert settings.parallel.pipeline_parallel_size == 1
+    assert settings.model.num_layers == 62
