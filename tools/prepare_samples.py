@@ -54,11 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     samples = MixedSamples(mixture(settings.data), paths, order, total, document_mask=False)
     missing = samples.missing(consumed)
     began = time.monotonic()
-    # Workers must not be in torch.distributed, where megatron-core lets one process write.
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(prepare_pass, path, number, order) for path, number in missing]
-        for job in jobs:
-            job.result()
+    if options.workers == 1:
+        for path, number in missing:
+            prepare_pass(path, number, order)
+    else:
+        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+            jobs = [pool.submit(prepare_pass, path, number, order) for path, number in missing]
+            for job in jobs:
+                job.result()
     print(f"wrote {len(missing)} passes over datasets in {time.monotonic() - began:.1f} s")
     return 0
 
