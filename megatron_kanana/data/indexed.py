@@ -1,16 +1,18 @@
-"""Writing megatron-core indexed datasets from documents."""
+"""Writing a small indexed dataset from documents at hand; files of text: `preprocess.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+import numpy as np
 
-from .encoding import encoder
+from .index_file import token_dtype, write_index
 from .tokenizer import load_tokenizer
+
+BATCH_DOCUMENTS = 64
 
 
 @dataclass
@@ -21,14 +23,7 @@ class DatasetSize:
     tokens: int = 0
 
 
-def write_dataset(
-    documents: Iterable[str],
-    prefix: Path,
-    tokenizer_path: Path,
-    *,
-    workers: int = 1,
-    on_document: Callable[[int], None] | None = None,
-) -> DatasetSize:
+def write_dataset(documents: Iterable[str], prefix: Path, tokenizer_path: Path) -> DatasetSize:
     """Tokenize documents into `prefix`.bin and `prefix`.idx, in the order given.
 
     The files appear only when they are whole: an interrupted run leaves files ending in .partial.
@@ -37,31 +32,25 @@ def write_dataset(
         documents: texts; each gets an end-of-document token.
         prefix: path of the dataset without suffix; its folder is made.
         tokenizer_path: SentencePiece model or folder of a Hugging Face tokenizer.
-        workers: processes that tokenize.
-        on_document: called with each document's length in bytes once it is written.
 
     Raises:
         ValueError: there was no document.
     """
     tokenizer = load_tokenizer(tokenizer_path)
+    dtype = token_dtype(tokenizer.vocab_size)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    partial = {
-        suffix: prefix.parent / f"{prefix.name}{suffix}.partial" for suffix in (".bin", ".idx")
-    }
-    builder = IndexedDatasetBuilder(
-        str(partial[".bin"]), dtype=DType.optimal_dtype(tokenizer.vocab_size)
-    )
-    size = DatasetSize()
-    with encoder(tokenizer_path, workers) as encode:
-        for ids, num_bytes in encode(documents):
-            builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(ids)])
-            size.documents += 1
-            size.tokens += len(ids)
-            if on_document is not None:
-                on_document(num_bytes)
-    if not size.documents:
+    files = {suffix: prefix.with_name(f"{prefix.name}{suffix}") for suffix in (".bin", ".idx")}
+    partial = {suffix: path.with_name(f"{path.name}.partial") for suffix, path in files.items()}
+    lengths: list[int] = []
+    iterator = iter(documents)
+    with partial[".bin"].open("wb") as file:
+        while batch := list(itertools.islice(iterator, BATCH_DOCUMENTS)):
+            for ids in tokenizer.encode_batch(batch):
+                file.write(np.array([*ids, tokenizer.eod], dtype).tobytes())
+                lengths.append(len(ids) + 1)
+    if not lengths:
         raise ValueError(f"{prefix}: there is no document to write")
-    builder.finalize(str(partial[".idx"]))
-    for suffix, file in partial.items():
-        file.rename(prefix.parent / f"{prefix.name}{suffix}")
-    return size
+    write_index(partial[".idx"], np.array(lengths, np.int32), dtype)
+    for suffix, path in partial.items():
+        path.rename(files[suffix])
+    return DatasetSize(len(lengths), sum(lengths))

@@ -1,4 +1,4 @@
-"""Documents, tokenizer and indexed datasets: what goes in comes out, whoever tokenizes."""
+"""Documents, tokenizer and indexed datasets: what goes in comes out."""
 
 from __future__ import annotations
 
@@ -92,30 +92,16 @@ def test_unreadable_documents_are_named(tmp_path: Path) -> None:
         list(read_documents(tmp_path / "e.parquet"))
 
 
-def test_several_workers_write_the_same_dataset(
+def test_a_dataset_holds_the_documents_in_order(
     tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
-    documents = [*DOCUMENTS, *list(language_samples())] * 5
-    seen: list[int] = []
-    for workers in (1, 3):
-        size = write_dataset(
-            documents,
-            tmp_path / str(workers),
-            tokenizer.path,
-            workers=workers,
-            on_document=seen.append,
-        )
-        assert size.documents == len(documents)
-    assert sum(seen) == 2 * sum(len(document.encode()) for document in documents)
-    for suffix in (".bin", ".idx"):
-        one, three = (tmp_path / f"{workers}{suffix}" for workers in (1, 3))
-        assert one.read_bytes() == three.read_bytes()
-    dataset = IndexedDataset(str(tmp_path / "3"))
-    assert len(dataset) == len(documents)
-    for index in (0, len(documents) // 2, len(documents) - 1):
-        *ids, last = dataset[index].tolist()
-        assert last == tokenizer.eod
-        assert tokenizer.decode(ids) == documents[index]
+    documents = [*DOCUMENTS, *list(language_samples())]
+    size = write_dataset(documents, tmp_path / "corpus", tokenizer.path)
+    dataset = IndexedDataset(str(tmp_path / "corpus"))
+    assert (size.documents, size.tokens) == (len(documents), dataset.sequence_lengths.sum())
+    for document, ids in zip(documents, dataset, strict=True):
+        assert ids.tolist() == [*tokenizer.encode(document), tokenizer.eod]
+        assert tokenizer.decode(ids.tolist()) == document
 
 
 def test_a_failed_run_leaves_no_dataset(tmp_path: Path, builtin: BuiltinData) -> None:
