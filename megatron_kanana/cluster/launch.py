@@ -16,6 +16,8 @@ import sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from megatron_kanana.config.exit_status import SAVED_FOR_ANOTHER_START
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run torchrun; returns the exit status of its first process that failed, or 0."""
@@ -23,8 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
         _, failure = error.get_first_failure()
+        if failure.exitcode != SAVED_FOR_ANOTHER_START:
+            print(error, file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
 

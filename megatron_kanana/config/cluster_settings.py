@@ -24,7 +24,7 @@ class PreflightSettings:
         0.0, help="GiB that must be free where the run and its checkpoints are written", minimum=0.0
     )
     maximum_clock_difference: float = setting(
-        1.0, help="seconds between a node's clock and the first node's", above=0.0
+        1.0, help="seconds between a node's clock and the middle of all", above=0.0
     )
     minimum_bandwidth: float = setting(
         0.0,

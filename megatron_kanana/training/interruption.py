@@ -9,12 +9,11 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from megatron_kanana.config.exit_status import SAVED_FOR_ANOTHER_START, SAVED_FOR_GOOD
+
 logger = logging.getLogger(__name__)
 
-EXIT_STATUS = {signal.SIGUSR1: 85, signal.SIGTERM: 128 + signal.SIGTERM}
-"""Exit status of a run that saved before its end. 85 asks for another start: `cluster/script.py`'s
-batch script puts its job into the queue again. Who sends SIGTERM wants the run to end, or starts it
-again by himself."""
+EXIT_STATUS = {signal.SIGUSR1: SAVED_FOR_ANOTHER_START, signal.SIGTERM: SAVED_FOR_GOOD}
 
 
 class Interruption:

@@ -76,6 +76,7 @@ def train(run: Run, interruption: Interruption) -> None:
         _report(run, recorder)
     if recorder is not None:
         recorder.close()
+    dist.barrier()  # a launcher may end the others with the first that leaves early
 
 
 def measure(run: Run, result: StepResult) -> StepMetrics:
