@@ -19,14 +19,22 @@ from typing import Any
 
 from megatron_kanana.data.export_tokenizer import CHAT_TEMPLATE
 
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-CITIES = ("Seoul", "Busan", "Jeju", "Daegu", "Incheon", "Paris", "Tokyo", "London", "Rome", "Oslo")
-ROOMS = ("kitchen", "bedroom", "office", "garage", "hall", "bathroom", "attic", "cellar", "garden")
-MUSIC = ("jazz", "rock", "folk", "opera", "blues", "soul", "metal", "disco", "techno", "swing")
-HOURS = ("five", "six", "seven", "eight", "nine", "ten", "eleven", "noon")
-COLOURS = ("red", "green", "blue", "white", "yellow", "purple", "orange", "pink")
 
-TASKS: dict[str, tuple[tuple[str, tuple[str, ...]], tuple[str, tuple[str, ...]], tuple[str, ...]]]
+def listed(text: str) -> list[str]:
+    """The words of a text."""
+    return text.split()
+
+
+DAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday today tomorrow tonight")
+CITIES = listed("Seoul Busan Jeju Daegu Paris Tokyo London Rome Oslo Cairo Lima Delhi Quito Perth")
+ROOMS = listed("kitchen bedroom office garage hall bathroom attic cellar garden lounge")
+MUSIC = listed("jazz rock folk opera blues soul metal disco techno swing reggae tango")
+HOURS = listed("one two three five six seven eight nine eleven noon")
+COLOURS = listed("red green blue white yellow purple orange pink brown grey")
+
+HELD_OUT = 0.1  # of the pairs of values
+
+TASKS: dict[str, tuple[tuple[str, list[str]], tuple[str, list[str]], tuple[str, ...]]]
 TASKS = {
     "get_weather": (
         ("city", CITIES),
@@ -81,10 +89,10 @@ def conversations(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     for name, ((_, firsts), (_, seconds), phrasings) in TASKS.items():
         others = [other for other in TASKS if other != name]
         for pair in itertools.product(firsts, seconds):
-            if generator.random() < 0.2:
-                words, other = generator.choice(phrasings), generator.choice(others)
-                first = generator.random() < 0.5
-                held_out.append(conversation(name, pair, words, other, first=first))
+            if generator.random() < HELD_OUT:
+                for words in phrasings:
+                    other, first = generator.choice(others), generator.random() < 0.5
+                    held_out.append(conversation(name, pair, words, other, first=first))
                 continue
             for words, other, first in itertools.product(phrasings, others, (False, True)):
                 training.append(conversation(name, pair, words, other, first=first))
