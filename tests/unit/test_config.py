@@ -30,7 +30,22 @@ from tests.launch import CONFIG_DIR as TEST_CONFIG_DIR
 
 TWO = Environment(world_size=2, local_world_size=2)
 FOUR = Environment(world_size=4, local_world_size=4)
-EIGHT = Environment(world_size=8, local_world_size=8)
+PROCESSES = {
+    "tensor_pipeline": 4,
+    "kanana_2_30b_midtraining": 8,
+    "experts_in_node": 8,
+    "kanana_2_155b_proxy": 64,
+    "kanana_2_155b_a17b": 256,
+    "h200_256": 256,
+    "h200_512": 512,
+    "h200_1024": 1024,
+}
+"""Those of the job that a shipped config is for, where two are not enough."""
+BESIDE = {
+    "experts_in_node": ("schedule.micro_batch_size=1",),
+    **{name: ("experiment=kanana_2_155b_a17b",) for name in PROCESSES if "h200" in name},
+}
+"""What a group that does not fit the default run is chosen with."""
 TO_FILL_IN = (
     "model.vocab_size",  # needs a tokenizer of one's own
     "data.tokenizer",
@@ -55,9 +70,11 @@ def contains(values: Any, part: Any) -> bool:
     ("group", "choice"), [(group, name) for group in GROUPS for name in available_choices(group)]
 )
 def test_every_shipped_config_makes_a_good_run(group: str, choice: str) -> None:
-    environment = {"tensor_pipeline": FOUR, "kanana_2_30b_midtraining": EIGHT}.get(choice, TWO)
+    processes = 2 if group == "model" else PROCESSES.get(choice, 2)
+    environment = Environment(world_size=processes, local_world_size=min(processes, 8))
+    words = [*BESIDE.get(choice, ()), f"{group}={choice}"]
     try:
-        settings = dataclasses.asdict(load_settings([f"{group}={choice}"], environment))
+        settings = dataclasses.asdict(load_settings(words, environment))
     except ConfigurationError as error:  # some name files to be made or filled in
         for problem in error.problems:
             assert problem.setting.startswith(TO_FILL_IN)
