@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from .nodes import Measured, rounds
 
@@ -43,7 +44,7 @@ class Place:
         ]
 
 
-def measure(place: Place, store: dist.Store, num_bytes: int, timeout: float) -> Measured:
+def measure(place: Place, store: Store, num_bytes: int, timeout: float) -> Measured:
     """Measure this process's node; every process of every node in `place` must call this.
 
     Gloo on CPUs, NCCL where there are GPUs, one for each process.

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from megatron_kanana.config.cluster_settings import PreflightSettings
 
@@ -57,9 +57,9 @@ class Meeting:
         self.is_first_of_node = self.local_rank == 0
         self.store = self.join(serve=self.is_first)
 
-    def join(self, *, serve: bool = False) -> dist.TCPStore:
+    def join(self, *, serve: bool = False) -> TCPStore:
         """A connection to the first process; one that waits holds up whatever else goes over it."""
-        return dist.TCPStore(
+        return TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=serve,
@@ -68,9 +68,8 @@ class Meeting:
         )
 
     def tell(self, what: str, value: Any) -> None:
-        """Tell a dataclass, or plain values."""
-        plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        self.store.set(what, json.dumps(plain))
+        """Tell a node's dataclass, or plain values."""
+        self.store.set(what, json.dumps(_plain(value)))
 
     def hear(self, what: str) -> Any:
         """Wait for what the first process tells once it has collected."""
@@ -127,7 +126,7 @@ def take_part(meeting: Meeting, options: argparse.Namespace) -> None:
         meeting.local_rank,
         meeting.processes,
     )
-    store = dist.PrefixStore("measure", meeting.join())
+    store = PrefixStore("measure", meeting.join())
     measured = measure(place, store, int(options.bandwidth_size * 2**20), options.timeout)
     if meeting.is_first_of_node:
         meeting.tell(f"measured/{meeting.node}", measured)
@@ -158,8 +157,8 @@ def judge(meeting: Meeting, options: argparse.Namespace) -> int:
     report = {
         name: {
             "faults": faults[name],
-            "answer": answers[name] and dataclasses.asdict(answers[name]),
-            "measured": measured.get(name) and dataclasses.asdict(measured[name]),
+            "answer": _plain(answers[name]),
+            "measured": _plain(measured.get(name)),
         }
         for name in names
     }
@@ -170,6 +169,11 @@ def judge(meeting: Meeting, options: argparse.Namespace) -> int:
         # Last: who finds it finds the others too.
         Path(path + ".good").write_text("".join(f"{name}\n" for name in good), "utf-8")
     return 0 if good else 1
+
+
+def _plain(value: Any) -> Any:
+    """For JSON."""
+    return dataclasses.asdict(value) if isinstance(value, (Node, Measured)) else value
 
 
 def _speeds(measured: Mapping[str, Measured | None], name: str) -> str:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_kanana.training.interruption import Interruption
 from tests.launch import free_ports, run_python, train_in_turn
 
 
@@ -13,25 +19,49 @@ def test_a_signal_to_one_process_makes_all_save_after_the_same_step_and_go_on_bi
     tmp_path: Path, cache_dir: Path
 ) -> None:
     short = ("schedule.steps=7", "schedule.global_batch_size=4", "checkpoint.keep_last=9")
-    ports = free_ports(2)
-    signals = {
-        "requeued": (3, signal.SIGUSR1, 85, ports[0]),
-        "ended": (6, signal.SIGTERM, 143, ports[1]),
-    }
+    signals = {"signalled": (3, signal.SIGUSR1, 85, *free_ports(1))}
     records = train_in_turn(
         tmp_path,
         cache_dir,
-        dict.fromkeys(("undisturbed", *signals), short),
+        dict.fromkeys(("undisturbed", "signalled"), short),
         processes=2,
         script=("-m", "tests.parallel.train_with_signals", json.dumps(signals)),
     )
-    for name, (step, *_) in signals.items():
-        saved = sorted(folder.name for folder in (tmp_path / name / "checkpoints").iterdir())
-        assert saved == [f"step_{step:08d}", "step_00000007"]
-        assert [record["step"] for record in records[name]] == list(range(1, 8))
-        for ours, theirs in zip(records[name], records["undisturbed"], strict=True):
-            assert ours["loss"] == theirs["loss"]
-            assert ours["grad_norm"] == theirs["grad_norm"]
+    saved = sorted(folder.name for folder in (tmp_path / "signalled" / "checkpoints").iterdir())
+    assert saved == ["step_00000003", "step_00000007"]
+    assert [record["step"] for record in records["signalled"]] == list(range(1, 8))
+    for ours, theirs in zip(records["signalled"], records["undisturbed"], strict=True):
+        assert ours["loss"] == theirs["loss"]
+        assert ours["grad_norm"] == theirs["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "noted_elsewhere", "status"),
+    [
+        ([], 0, 0),
+        ([signal.SIGUSR1, signal.SIGUSR1], 0, 85),
+        ([signal.SIGTERM], 0, 143),
+        ([signal.SIGUSR1], signal.SIGTERM, 143),
+        ([], signal.SIGUSR1, 85),
+    ],
+)
+def test_all_leave_with_the_status_of_the_signal_that_any_process_got(
+    sent: list[int], noted_elsewhere: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM has the last word: a cancelled run must not come back."""
+
+    def with_another_process(note: torch.Tensor, operation: object) -> None:
+        assert operation == dist.ReduceOp.MAX
+        note.clamp_(min=noted_elsewhere)
+
+    monkeypatch.setattr(dist, "all_reduce", with_another_process)
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    with Interruption(torch.device("cpu")) as interruption:
+        for number in sent:
+            os.kill(os.getpid(), number)
+        assert interruption.agreed() == (status != 0)
+    assert interruption.exit_status == status
+    assert before == [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
 
 
 def test_the_launcher_outlives_a_schedulers_signal_and_passes_the_status_on(tmp_path: Path) -> None:
