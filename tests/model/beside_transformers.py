@@ -189,7 +189,7 @@ def compare(settings: Settings, where: device.Device, length: int) -> dict[str, 
 def small_settings(overrides: list[str]) -> Settings:
     """The tests' small model in fp32 on a CPU, without the losses that transformers lacks."""
     common = [
-        *("experiment=small", "run_name=unsaved", "device=cpu", "data.sequence_length=4096"),
+        *("experiment=small", "run_name=unsaved", "device=cpu", "data.sequence_length=64"),
         *("model.balance_loss_coefficient=0", "model.z_loss_coefficient=0"),
     ]
     return load_settings([*common, *overrides], Environment(), str(CONFIG_DIR))
