@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
+from .data_settings import BlendEntry, DataSettings
 from .dataset_files import sequence_count, tokens_before, training_sequences
 from .ledger import read_ledger
 from .mixture import BUILTIN_WEIGHTS, entry_paths, source_name, sources, tokens_by_source
 from .problems import Problem
 from .saved import checkpoint_to_start_from, goes_on
-from .schema import BlendEntry, DataSettings, Settings
+from .schema import Settings
 
 
 def check_mixture(settings: Settings) -> Iterator[Problem]:

@@ -10,8 +10,8 @@ from pathlib import PurePath
 
 import numpy as np
 
+from .data_settings import BlendEntry, DataSettings
 from .proportions import Integers, Proportions
-from .schema import BlendEntry, DataSettings
 
 BUILTIN_WEIGHTS = {"python_standard_library": 0.9, "six_languages": 0.1}
 """The built-in text: its sources, and their share of the samples where `data.blend` is empty."""

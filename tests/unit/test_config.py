@@ -21,11 +21,11 @@ from megatron_kanana.config import (
     write_settings,
 )
 from megatron_kanana.config.compose import CONFIG_DIR, GROUPS, available_choices
+from megatron_kanana.config.data_settings import DataSettings
 from megatron_kanana.config.fields import build
 from megatron_kanana.config.help import settings_help
 from megatron_kanana.config.mixture import mixture
 from megatron_kanana.config.problems import Problem
-from megatron_kanana.config.schema import DataSettings
 from tests.launch import CONFIG_DIR as TEST_CONFIG_DIR
 
 TWO = Environment(world_size=2, local_world_size=2)

@@ -10,9 +10,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from megatron_kanana.config.data_settings import BlendChange, BlendEntry, DataSettings
 from megatron_kanana.config.mixture import Mixture, mixture, sources, tokens_by_source
 from megatron_kanana.config.proportions import Proportions
-from megatron_kanana.config.schema import BlendChange, BlendEntry, DataSettings
 
 LENGTH = 4096
 NAMES = ("english", "math_stem", "code", "multilingual")
