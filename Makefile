@@ -30,8 +30,14 @@ NATIVE := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h)
 train: $(READY)
 	$(ONE_THREAD) $(RUN) torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m megatron_kanana.train $(ARGS)
 
+# Tests that start several processes run one after another; the others share the cores.
 test: lint
+ifeq ($(PYTEST_ARGS),)
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile tests/unit tests/kernels tests/model tests/conversion
+	$(RUN) pytest tests/end_to_end tests/parallel
+else
 	$(RUN) pytest $(PYTEST_ARGS)
+endif
 
 lint: $(READY)
 	$(RUN) ruff check .
