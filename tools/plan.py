@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_kanana.config import (
     ConfigurationError,
@@ -28,6 +29,9 @@ from megatron_kanana.config import (
     load_settings,
     tell,
 )
+
+if TYPE_CHECKING:
+    from megatron_kanana.planning.dry_run import ProcessPlan
 
 GIB = 2**30
 HEADINGS = (
@@ -154,10 +158,7 @@ def _short(stage: Sequence[str]) -> str:
     return " ".join([*first, *span, *last])
 
 
-def _as_json(plan: object, settings: Settings) -> dict[str, object]:
-    from megatron_kanana.planning.dry_run import ProcessPlan
-
-    assert isinstance(plan, ProcessPlan)
+def _as_json(plan: ProcessPlan, settings: Settings) -> dict[str, object]:
     values = dataclasses.asdict(plan)
     values["parameters"] = {
         f"{group}, {optimizer}": count for (group, optimizer), count in plan.parameters.items()

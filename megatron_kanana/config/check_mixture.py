@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 
+from .check_order import check_growing_tokens
 from .data_settings import BlendEntry, DataSettings
 from .dataset_files import sequence_count, tokens_before, training_sequences
 from .ledger import read_ledger
@@ -106,14 +106,8 @@ def check_dataset(setting: str, path: str, data: DataSettings) -> Iterator[Probl
 def _check_weights(data: DataSettings) -> Iterator[Problem]:
     """Each part of the run draws from some source, each source is drawn from in some part."""
     names = [source.name for source in sources(data)]
-    for index, (before, after) in enumerate(pairwise(data.blend_changes)):
-        if before.tokens >= after.tokens:
-            yield Problem(
-                f"data.blend_changes[{index + 1}].tokens",
-                after.tokens,
-                f"does not come after the change before it, at {before.tokens} tokens",
-                "give the changes by growing tokens",
-            )
+    changes = [change.tokens for change in data.blend_changes]
+    yield from check_growing_tokens("data.blend_changes", changes)
     for index, change in enumerate(data.blend_changes):
         setting = f"data.blend_changes[{index}].weights"
         for name in change.weights:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 
 from .check_cluster import check_cluster
 from .check_files import check_checkpoint, check_data
 from .check_layout import check_model, check_sharding, check_world
+from .check_order import check_growing_tokens
 from .environment import (
     TESTED_MEGATRON_CORE,
     Environment,
@@ -119,15 +119,8 @@ def check_schedule(settings: Settings, environment: Environment) -> Iterator[Pro
             f"is longer than schedule.steps = {schedule.steps}",
             "shorten one of them, or train longer",
         )
-    changes = schedule.batch_size_changes
-    for index, (before, after) in enumerate(pairwise(changes)):
-        if before.tokens >= after.tokens:
-            yield Problem(
-                f"schedule.batch_size_changes[{index + 1}].tokens",
-                after.tokens,
-                f"does not come after the change before it, at {before.tokens} tokens",
-                "give the changes by growing tokens",
-            )
+    changes = [change.tokens for change in schedule.batch_size_changes]
+    yield from check_growing_tokens("schedule.batch_size_changes", changes)
     if schedule.minimum_learning_rate > optimizer.learning_rate:
         yield Problem(
             "schedule.minimum_learning_rate",

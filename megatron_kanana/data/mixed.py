@@ -31,7 +31,24 @@ def sample_order(settings: Settings, tokenizer: Tokenizer) -> SampleOrder:
     )
 
 
-class MixedSamples(torch.utils.data.Dataset[dict[str, Any]]):
+class _Samples(torch.utils.data.Dataset[dict[str, Any]]):
+    """A number of samples, with `segment_ids` if documents are to be kept apart."""
+
+    def __init__(self, order: SampleOrder, total: int, *, document_mask: bool) -> None:
+        self._total = total
+        self._end_of_document = order.tokenizer.eod
+        self.has_segment_ids = document_mask
+
+    def __len__(self) -> int:
+        return self._total
+
+    def _with_segments(self, sample: dict[str, Any]) -> dict[str, Any]:
+        if not self.has_segment_ids:
+            return sample
+        return {**sample, "segment_ids": document_segments(sample["tokens"], self._end_of_document)}
+
+
+class MixedSamples(_Samples):
     """Training samples: which one has a number follows from number, mixture and order alone.
 
     The datasets of a source are read side by side, each at a rate by its size.
@@ -53,18 +70,13 @@ class MixedSamples(torch.utils.data.Dataset[dict[str, Any]]):
         *,
         document_mask: bool,
     ) -> None:
+        super().__init__(order, total, document_mask=document_mask)
         self._mixture = mixture
         self._sources = [_Source(paths[name], order) for name in mixture.names]
-        self._total = total
-        self.has_segment_ids = document_mask
-        self._end_of_document = order.tokenizer.eod if document_mask else None
-
-    def __len__(self) -> int:
-        return self._total
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
         source, index = self._mixture.place(sample)
-        return _with_segments(self._sources[source][index], self._end_of_document)
+        return self._with_segments(self._sources[source][index])
 
     def missing(self, consumed: int) -> list[tuple[Path, int]]:
         """Passes without index files that samples from `consumed` on need: dataset and number."""
@@ -76,7 +88,7 @@ class MixedSamples(torch.utils.data.Dataset[dict[str, Any]]):
         ]
 
 
-class HeldOutSamples(torch.utils.data.Dataset[dict[str, Any]]):
+class HeldOutSamples(_Samples):
     """Samples of the sources' held-out documents, by the shares at the beginning of the run.
 
     Args:
@@ -93,9 +105,7 @@ class HeldOutSamples(torch.utils.data.Dataset[dict[str, Any]]):
         *,
         document_mask: bool,
     ) -> None:
-        self._total = total
-        self.has_segment_ids = document_mask
-        self._end_of_document = order.tokenizer.eod if document_mask else None
+        super().__init__(order, total, document_mask=document_mask)
         datasets: list[Path] = []
         weights: list[float] = []
         for name, share in zip(mixture.names, mixture.first_shares, strict=True):
@@ -109,14 +119,11 @@ class HeldOutSamples(torch.utils.data.Dataset[dict[str, Any]]):
             for path, count in zip(datasets, counts, strict=True)
         ]
 
-    def __len__(self) -> int:
-        return self._total
-
     def __getitem__(self, sample: int) -> dict[str, Any]:
         owners, indices = self._proportions.window(sample, sample + 1)
         dataset = self._datasets[int(owners[0])]
         assert dataset is not None
-        return _with_segments(dataset[int(indices[0])], self._end_of_document)
+        return self._with_segments(dataset[int(indices[0])])
 
     def prepare(self) -> None:
         """Write the index files; on one process only."""
@@ -165,9 +172,3 @@ def document_segments(tokens: torch.Tensor, end_of_document: int) -> torch.Tenso
     """
     ends = (tokens == end_of_document).to(torch.int32)
     return torch.cumsum(ends, dim=-1, dtype=torch.int32) - ends
-
-
-def _with_segments(sample: dict[str, Any], end_of_document: int | None) -> dict[str, Any]:
-    if end_of_document is None:
-        return sample
-    return {**sample, "segment_ids": document_segments(sample["tokens"], end_of_document)}

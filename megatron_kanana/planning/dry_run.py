@@ -190,14 +190,11 @@ def _contents(chunk: Any) -> tuple[str, ...]:
 
 
 def _parameters(settings: Settings, chunks: list[Any]) -> dict[Holding, int]:
-    from megatron_kanana.optimizer.parameter_groups import is_muon_parameter
-
     counts: Counter[Holding] = Counter()
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            muon = settings.optimizer.name == "muon"
-            muon = muon and is_muon_parameter(name, settings.optimizer)
-            counts[_group(name), "muon" if muon else "adamw"] += parameter.numel()
+            optimizer = "muon" if _is_muon(name, settings) else "adamw"
+            counts[_group(name), optimizer] += parameter.numel()
     return dict(counts)
 
 
@@ -205,10 +202,7 @@ def _imbalance(settings: Settings, chunks: list[Any], dense: int, experts: int) 
     """How evenly Muon's work is dealt, as `optimizer.distributed_muon` deals it."""
     from megatron_kanana.optimizer.assignment import assign, orthogonalization_cost
     from megatron_kanana.optimizer.logical_matrices import matrix_shapes, rule_of
-    from megatron_kanana.optimizer.parameter_groups import is_muon_parameter
 
-    if settings.optimizer.name != "muon":
-        return {}
     parallel = settings.parallel
     shards = {
         "dense": parallel.tensor_parallel_size,
@@ -217,7 +211,7 @@ def _imbalance(settings: Settings, chunks: list[Any], dense: int, experts: int) 
     costs: dict[str, list[int]] = {"dense": [], "experts": []}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if not is_muon_parameter(name, settings.optimizer):
+            if not _is_muon(name, settings):
                 continue
             rule, group = rule_of(name), _group(name)
             num_shards = 1 if rule.shard_axis is None else shards[group]
@@ -236,6 +230,12 @@ def _imbalance(settings: Settings, chunks: list[Any], dense: int, experts: int) 
         if sum(load):
             imbalance[group] = max(load) * len(load) / sum(load)
     return imbalance
+
+
+def _is_muon(name: str, settings: Settings) -> bool:
+    from megatron_kanana.optimizer.parameter_groups import is_muon_parameter
+
+    return settings.optimizer.name == "muon" and is_muon_parameter(name, settings.optimizer)
 
 
 def _group(name: str) -> str:
