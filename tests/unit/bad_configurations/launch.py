@@ -1,0 +1,137 @@
+"""Words of the command line, machines, launches and clusters that cannot be."""
+
+from __future__ import annotations
+
+from megatron_kanana.config import Environment
+
+from .case import CUDA_MACHINE, Bad
+
+LAUNCH = {
+    "unknown top-level setting": Bad(("sed=1",), "sed", "1", "did you mean seed?"),
+    "unknown experiment": Bad(("experiment=big",), "experiment", "big", "or kanana_2_tiny"),
+    "unreadable word": Bad(("schedule.steps",), "command line", "schedule.steps", "setting=value"),
+    "sweep": Bad(("seed=1,2",), "command line", "seed=1,2", "set one value"),
+    "deleted setting": Bad(("~seed",), "command line", "~seed", "set one value"),
+    "null where a value is needed": Bad(("seed=null",), "seed", "None", "give a whole number"),
+    "value that is not a choice": Bad(
+        ("precision.compute=int4",), "precision.compute", "int4", "fp32 or bf16"
+    ),
+    "broken interpolation": Bad(
+        ("run_name=${missing}",), "run_name", "${missing}", "name an existing setting"
+    ),
+    "device that is not there": Bad(("device=cuda",), "device", "cuda", "set device=cpu"),
+    "more processes than devices": Bad(
+        (),
+        "torchrun --nproc-per-node",
+        "2",
+        "start one process a device",
+        Environment(world_size=2, local_world_size=2, cuda_device_count=1),
+    ),
+    "fp8 on a CPU": Bad(
+        ("precision.compute=fp8",), "precision.compute", "fp8", "choose fp32 or bf16"
+    ),
+    "GPU kernels on a CPU": Bad(
+        ("kernels.backend=sdpa",), "kernels.backend", "sdpa", "choose csrc, torch or auto"
+    ),
+    "CPU kernels on a GPU": Bad(
+        ("kernels.backend=csrc",),
+        "kernels.backend",
+        "csrc",
+        "choose sdpa, torch or auto",
+        CUDA_MACHINE,
+    ),
+    "compiled kernels that were not built": Bad(
+        ("kernels.backend=csrc",),
+        "kernels.backend",
+        "csrc",
+        "pip install --no-build-isolation -e .",
+        Environment(has_native_library=False),
+    ),
+    "unknown cluster": Bad(("cluster=pbs",), "cluster", "pbs", "h200_slurm or local or slurm"),
+    "several nodes of this machine": Bad(
+        ("cluster.nodes=2",), "cluster.nodes", "2", "choose cluster=slurm"
+    ),
+    "spare nodes of this machine": Bad(
+        ("cluster.spare_nodes=1",), "cluster.spare_nodes", "1", "choose cluster=slurm"
+    ),
+    "SLURM nodes with unknown GPUs": Bad(
+        ("cluster=slurm", "cluster.gpus_per_node=null"),
+        "cluster.gpus_per_node",
+        "null",
+        "or 0 to train on CPUs",
+    ),
+    "more processes than GPUs of a node": Bad(
+        ("cluster=slurm", "cluster.processes_per_node=9"),
+        "cluster.processes_per_node",
+        "9",
+        "start one process a GPU",
+    ),
+    "time limit in words": Bad(
+        ("cluster=slurm", "cluster.time_limit='two days'"),
+        "cluster.time_limit",
+        "two days",
+        "such as 1-12:00:00",
+    ),
+    "signal before the beginning": Bad(
+        ("cluster=slurm", "cluster.time_limit='0:10:00'"),
+        "cluster.signal_seconds",
+        "600",
+        "or a longer time limit",
+    ),
+    "option of sbatch without its dashes": Bad(
+        ("cluster=slurm", "cluster.sbatch_options=['qos=high']"),
+        "cluster.sbatch_options",
+        "qos=high",
+        "write each as '--name=value'",
+    ),
+    "option of sbatch that is a setting": Bad(
+        ("cluster=slurm", "cluster.sbatch_options=['--time=1:00:00']"),
+        "cluster.sbatch_options",
+        "--time=1:00:00",
+        "set cluster.time_limit",
+    ),
+    "variable that begins with a digit": Bad(
+        ("cluster.variables={2ND:INFO}",),
+        "cluster.variables.2ND",
+        "INFO",
+        "use letters, digits and _",
+    ),
+    "container without an image": Bad(
+        ("cluster=slurm", "cluster.container=pyxis"),
+        "cluster.container_image",
+        "null",
+        "name it",
+    ),
+    "image without a container": Bad(
+        ("cluster=slurm", "cluster.container_image=kanana.sif"),
+        "cluster.container_image",
+        "kanana.sif",
+        "set cluster.container=pyxis or apptainer",
+    ),
+    "container on this machine": Bad(
+        ("cluster.container=apptainer", "cluster.container_image=kanana.sif"),
+        "cluster.container",
+        "apptainer",
+        "start submit.py in the container",
+    ),
+    "output folder that is a file": Bad(
+        ("output_dir={tmp}/notes.txt",), "output_dir", "notes.txt", "name a folder"
+    ),
+    "missing config folder": Bad(
+        ("--config-dir={tmp}/none",), "--config-dir", "none", "give an existing folder"
+    ),
+    "untested megatron-core": Bad(
+        (),
+        "megatron-core",
+        "0.15.0",
+        "pip install megatron-core==0.16.1",
+        Environment(megatron_core_version="0.15.0"),
+    ),
+    "no megatron-core": Bad(
+        (),
+        "megatron-core",
+        "not installed",
+        "pip install megatron-core==0.16.1",
+        Environment(megatron_core_version=None),
+    ),
+}
