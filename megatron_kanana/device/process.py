@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import socket
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,12 +76,10 @@ def initialize_process_groups(settings: Settings, device: Device) -> None:
     """Join the other processes and lay the model over them."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    if "RANK" not in os.environ:
-        _pose_as_single_process()
     # Without device_id, each NCCL group takes GPU memory when it is first used, and the many groups
     # of megatron-core that a layout never uses take none.
     dist.init_process_group(
-        "nccl" if device.is_cuda else "gloo", timeout=datetime.timedelta(minutes=30)
+        "nccl" if device.is_cuda else "gloo", timeout=datetime.timedelta(minutes=30), **_alone()
     )
     lay_over_processes(settings)
     parallel = settings.parallel
@@ -118,19 +116,12 @@ def lay_over_processes(settings: Settings, *, with_gloo_groups: bool = True) -> 
     )
 
 
-def _pose_as_single_process() -> None:
-    """Give torch.distributed the variables that torchrun would have set."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0",
-        WORLD_SIZE="1",
-        LOCAL_RANK="0",
-        LOCAL_WORLD_SIZE="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def _alone() -> dict[str, Any]:
+    """What a process that no launcher started needs to be a job of its own."""
+    if "RANK" in os.environ:
+        return {}
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # 0: any free port
+    return {"store": store, "rank": 0, "world_size": 1}
 
 
 def destroy_process_groups() -> None:
