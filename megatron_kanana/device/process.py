@@ -120,7 +120,8 @@ def _alone() -> dict[str, Any]:
     """What a process that no launcher started needs to be a job of its own."""
     if "RANK" in os.environ:
         return {}
-    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # 0: any free port
+    # 0 is any free port.
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # type: ignore[attr-defined]
     return {"store": store, "rank": 0, "world_size": 1}
 
 
