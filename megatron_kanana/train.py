@@ -39,16 +39,20 @@ def main(arguments: list[str] | None = None) -> int:
     where = device.prepare_device(settings, environment)
     device.initialize_process_groups(settings, where)
 
+    from megatron_kanana.device.safe_unpickling import UnsafeFileError
     from megatron_kanana.training.interruption import Interruption
     from megatron_kanana.training.loop import train
     from megatron_kanana.training.run import build_run, restore
 
     run = build_run(settings, where)
-    restore(run)
+    try:
+        restore(run)
+    except UnsafeFileError as error:
+        return tell(error, environment.rank)
     with Interruption(where.torch_device) as interruption:
         try:
             train(run, interruption)
-        except ConfigurationError as error:  # found in the data, which is read by then
+        except (ConfigurationError, UnsafeFileError) as error:  # found in the data, read by then
             return tell(error, environment.rank)
     device.destroy_process_groups()
     return interruption.exit_status

@@ -60,11 +60,15 @@ def main() -> int:
     device.initialize_process_groups(settings, where)
 
     from megatron_kanana.checkpoint.state import load_model
+    from megatron_kanana.device.safe_unpickling import UnsafeFileError
     from megatron_kanana.training.perplexity import held_out_loss
     from megatron_kanana.training.run import build_bare_model
 
     model = build_bare_model(settings, where)
-    load_model(model.chunks, options.checkpoint)
+    try:
+        load_model(model.chunks, options.checkpoint)
+    except UnsafeFileError as error:
+        return tell(error, environment.rank)
     losses: dict[str, HeldOutLoss] = {}
     quiet = environment.rank != 0 or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:

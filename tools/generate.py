@@ -62,12 +62,16 @@ def run(
     device.initialize_process_groups(settings, where)
 
     from megatron_kanana.checkpoint.state import load_model
+    from megatron_kanana.device.safe_unpickling import UnsafeFileError
     from megatron_kanana.training.generation import generate
     from megatron_kanana.training.run import build_bare_model
     from megatron_kanana.training.sampling import Sampling
 
     model = build_bare_model(settings, where)
-    load_model(model.chunks, options.checkpoint)
+    try:
+        load_model(model.chunks, options.checkpoint)
+    except UnsafeFileError as error:
+        return tell(error, environment.rank)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     start = time.monotonic()
     continuation = generate(model, prompt, options.max_tokens, sampling)

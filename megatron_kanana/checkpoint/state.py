@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
@@ -23,6 +22,14 @@ from megatron_kanana.optimizer.weight_average import WEIGHT_AVERAGE, WeightAvera
 from megatron_kanana.optimizer.whole_state import scatter_weights, step_count
 
 from . import optimizer_state
+from .safe_load import load_common, load_sharded
+
+
+class Guards(Protocol):
+    """What watches the steps, and remembers the last ones."""
+
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class Run(Protocol):
@@ -37,6 +44,7 @@ class Run(Protocol):
     step: int
     consumed_samples: int
     earlier_tokens: dict[str, int]
+    guards: Guards
 
     @property
     def ledger(self) -> Ledger: ...
@@ -54,6 +62,7 @@ def saved_state(run: Run) -> dict[str, Any]:
         "random": _sharded_random_state(),
         "step": run.step,
         "consumed_samples": run.consumed_samples,
+        "guards": run.guards.state(),
         "layout": _layout(run.settings),
     }
 
@@ -64,7 +73,7 @@ def load(run: Run, path: Path) -> None:
     A checkpoint of weights alone, as conversion makes them, starts a run of its own: the rest
     stays as it was built.
     """
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    common = load_common(path)
     if common.get("weights_only"):
         load_for_new_run(run, path, with_optimizer=False)
         return
@@ -76,7 +85,7 @@ def load(run: Run, path: Path) -> None:
     same_layout = saved_layout == _layout(run.settings)
     if same_layout:
         wanted["random"] = _sharded_random_state()
-    state = dist_checkpointing.load(wanted, str(path))
+    state = load_sharded(wanted, path)
     _load_model(run.chunks, state)
     optimizer_state.load(run.optimizer, state["optimizer"], state["optimizer_step"])
     if run.weight_average is not None:
@@ -86,6 +95,7 @@ def load(run: Run, path: Path) -> None:
     run.scheduler.load_state_dict(state["scheduler"])
     run.step = state["step"]
     run.consumed_samples = state["consumed_samples"]
+    run.guards.restore(state["guards"])
     if same_layout:
         _restore_random_state(state["random"])
 
@@ -100,7 +110,7 @@ def load_for_new_run(run: Run, path: Path, *, with_optimizer: bool) -> None:
         model = model_state(run.chunks)
         optimizer = optimizer_state.to_load(run.optimizer, model)
         optimizer_state.check_stored(optimizer, path)
-        state = dist_checkpointing.load({**model, "optimizer": optimizer}, str(path))
+        state = load_sharded({**model, "optimizer": optimizer}, path)
         _load_model(run.chunks, state)
         optimizer_state.load(run.optimizer, state["optimizer"], state["optimizer_step"])
     else:
@@ -109,7 +119,7 @@ def load_for_new_run(run: Run, path: Path, *, with_optimizer: bool) -> None:
         model = model_state(run.chunks)
         weights = optimizer_state.weights_to_load(run.optimizer, model, path)
         if weights is not None:
-            state = dist_checkpointing.load({"optimizer": weights}, str(path))
+            state = load_sharded({"optimizer": weights}, path)
             scatter_weights(run.optimizer, state["optimizer"])
     if run.weight_average is not None:
         run.weight_average.reset()
@@ -140,7 +150,7 @@ def load_model(chunks: Sequence[Any], path: Path) -> None:
         chunk: {name: entry for name, entry in state.items() if not _is_left_out(entry, stored)}
         for chunk, state in model_state(chunks).items()
     }
-    _load_model(chunks, dist_checkpointing.load(wanted, str(path)))
+    _load_model(chunks, load_sharded(wanted, path))
 
 
 def _is_left_out(entry: Any, stored: Collection[str]) -> bool:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
-    FileSystemReader,
     FileSystemWriter,
     _StorageInfo,  # the record that torch's reader expects in .metadata
 )
@@ -39,6 +38,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_kanana.device.safe_unpickling import SafeFileSystemReader
 
 FORMAT_FILE = "metadata.json"
 FORMAT = {
@@ -105,7 +106,7 @@ class BlockReader:
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self._reader = FileSystemReader(checkpoint)
+        self._reader = SafeFileSystemReader(checkpoint)
         try:
             metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)

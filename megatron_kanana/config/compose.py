@@ -18,6 +18,7 @@ from .checks import check
 from .cluster_settings import ClusterSettings
 from .environment import Environment
 from .fields import build
+from .interpolations import check_interpolations, check_plain
 from .problems import ConfigurationError, Problem
 from .schema import Settings
 
@@ -88,6 +89,9 @@ def saved_settings(
         Problem("command line", word, "the groups are those of the checkpoint", "name a setting")
         for word in choices
     ]
+    problems += check_plain(saved)
+    if problems:
+        raise ConfigurationError(problems)
     values = _apply(OmegaConf.create(dict(saved)), assignments, problems)
     settings = build(Settings, values, problems) if values is not None else None
     return _checked(settings, environment, problems)
@@ -191,6 +195,9 @@ def _apply(
     OmegaConf.set_struct(config, False)
     for assignment in assignments:
         _assign(config, assignment, problems)
+    if faults := list(check_interpolations(config)):
+        problems += faults
+        return None
     try:
         container = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:

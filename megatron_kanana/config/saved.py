@@ -33,10 +33,25 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder is not a whole checkpoint.
+        ValueError: the file holds something else.
     """
-    values = yaml.safe_load((checkpoint / SETTINGS_FILE).read_text(encoding="utf-8"))
-    assert isinstance(values, dict)
+    path = checkpoint / SETTINGS_FILE
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ValueError(f"{path} holds no settings")
     return values
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases, by which a short text becomes any number of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which settings never have")
+        return super().compose_node(parent, index)
 
 
 def checkpoint_tokenizer(checkpoint: Path) -> Path:

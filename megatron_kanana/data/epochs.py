@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_kanana.config.dataset_files import sequence_count, tokens_before, training_sequences
+from megatron_kanana.device.safe_unpickling import UnsafeFileError
 
 from .tokenizer import Tokenizer
 
@@ -112,9 +113,9 @@ class _Dataset:
 
     def prepare(self, seed: int, *, held_out: bool, size: int | None = None) -> None:
         """Write index files; they appear when all are whole."""
-        folder = self._folder(seed, held_out, size)
-        if folder.is_dir():
+        if self.is_prepared(seed, held_out=held_out, size=size):
             return
+        folder = self._folder(seed, held_out, size)
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -124,13 +125,21 @@ class _Dataset:
         partial.rename(folder)
 
     def is_prepared(self, seed: int, *, held_out: bool, size: int | None = None) -> bool:
-        """Whether the index files are there."""
-        return self._folder(seed, held_out, size).is_dir()
+        """Whether the index files are there.
+
+        Raises:
+            UnsafeFileError: one of them is no array of numbers.
+        """
+        folder = self._folder(seed, held_out, size)
+        if not folder.is_dir():
+            return False
+        _check_arrays(folder)
+        return True
 
     def open(self, seed: int, *, held_out: bool, size: int | None = None) -> GPTDataset:
         """A GPTDataset on index files that are there."""
         folder = self._folder(seed, held_out, size)
-        if not folder.is_dir():
+        if not self.is_prepared(seed, held_out=held_out, size=size):
             raise FileNotFoundError(f"the index files of {self._prefix} in {folder} are gone")
         return self._build(folder, np.empty(0, dtype=np.int32), seed, held_out, size)
 
@@ -169,6 +178,22 @@ class _Dataset:
         }
         name = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:24]
         return self.order.cache_dir / "index" / f"{self._prefix.name}_{name}"
+
+
+def _check_arrays(folder: Path) -> None:
+    """Make sure that the index files are plain arrays: megatron-core would open others as pickles.
+
+    Raises:
+        UnsafeFileError: one is not.
+    """
+    for path in folder.glob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError:
+            raise UnsafeFileError(
+                f"{path} is no array of numbers, and nothing of it was run: delete {folder}, which"
+                " is made anew"
+            ) from None
 
 
 def _fingerprint(prefix: Path) -> str:

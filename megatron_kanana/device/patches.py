@@ -1,9 +1,10 @@
 """Named changes to megatron-core and torch, each with its reason.
 
-Two lists: what megatron-core needs because there is no CUDA (`CPU_PATCHES`), and what is broken in
-megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`). Nothing else
-in the project changes another package. `tests/parallel/test_patches.py` switches each off and
-shows that training still fails without it.
+Three lists: what megatron-core needs because there is no CUDA (`CPU_PATCHES`), what is broken in
+megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`), and what
+keeps files from running code (`SAFETY_PATCHES`). Nothing else in the project changes another
+package. `tests/parallel/test_patches.py` switches each of the first two off and shows that training
+still fails without it; `tests/unit/test_safe_loading.py` shows what the last one prevents.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def apply_patches(device: str, disabled: Collection[str] = ()) -> list[Patch]:
         device: 'cpu' or 'cuda'.
         disabled: names to leave out, for the test that shows each is needed.
     """
-    patches = [*(CPU_PATCHES if device == "cpu" else ()), *NO_TRANSFORMER_ENGINE_PATCHES]
+    patches = [
+        *(CPU_PATCHES if device == "cpu" else ()),
+        *NO_TRANSFORMER_ENGINE_PATCHES,
+        *SAFETY_PATCHES,
+    ]
     applied = [patch for patch in patches if patch.name not in disabled]
     for patch in applied:
         patch.apply()
@@ -191,6 +196,21 @@ def _router_gemm() -> None:
         moe_utils.te_general_gemm = None
 
 
+def _weights_only() -> None:
+    from .safe_unpickling import force_weights_only
+
+    force_weights_only()
+
+
+def _checkpoint_metadata() -> None:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    from .safe_unpickling import SafeFileSystemReader
+
+    reader: Any = FileSystemReader
+    reader.read_metadata = SafeFileSystemReader.read_metadata
+
+
 CPU_PATCHES = (
     Patch(
         "current_device",
@@ -244,5 +264,18 @@ NO_TRANSFORMER_ENGINE_PATCHES = (
         "router_gemm",
         "moe_utils.te_general_gemm stays undefined without it, and the fp32 router uses it",
         _router_gemm,
+    ),
+)
+
+SAFETY_PATCHES = (
+    Patch(
+        "weights_only",
+        "torch's planner loads objects that are no tensors with weights_only=False",
+        _weights_only,
+    ),
+    Patch(
+        "checkpoint_metadata",
+        "torch reads the .metadata of a checkpoint with a pickle that runs any code",
+        _checkpoint_metadata,
     ),
 )
