@@ -15,6 +15,7 @@ import logging
 import sys
 
 from megatron_kanana.config import ConfigurationError, detect_environment, load_settings, tell
+from megatron_kanana.config.exit_status import STOPPED
 from megatron_kanana.config.help import settings_help
 
 
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_kanana.device.safe_unpickling import UnsafeFileError
     from megatron_kanana.training.interruption import Interruption
     from megatron_kanana.training.loop import train
+    from megatron_kanana.training.rollback import RunStoppedError
     from megatron_kanana.training.run import build_run, restore
 
     run = build_run(settings, where)
@@ -54,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
             train(run, interruption)
         except (ConfigurationError, UnsafeFileError) as error:  # found in the data, read by then
             return tell(error, environment.rank)
+        except RunStoppedError as error:
+            return tell(error, environment.rank, STOPPED)
     device.destroy_process_groups()
     return interruption.exit_status
 

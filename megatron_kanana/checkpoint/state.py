@@ -25,6 +25,13 @@ from . import optimizer_state
 from .safe_load import load_common, load_sharded
 
 
+class Guards(Protocol):
+    """What watches the steps, and remembers the last ones."""
+
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
 class Run(Protocol):
     """What is saved and restored."""
 
@@ -38,6 +45,8 @@ class Run(Protocol):
     consumed_samples: int
     earlier_tokens: dict[str, int]
 
+    @property
+    def guards(self) -> Guards: ...
     @property
     def ledger(self) -> Ledger: ...
 
@@ -54,6 +63,7 @@ def saved_state(run: Run) -> dict[str, Any]:
         "random": _sharded_random_state(),
         "step": run.step,
         "consumed_samples": run.consumed_samples,
+        "guards": run.guards.state(),
         "layout": _layout(run.settings),
     }
 
@@ -86,6 +96,8 @@ def load(run: Run, path: Path) -> None:
     run.scheduler.load_state_dict(state["scheduler"])
     run.step = state["step"]
     run.consumed_samples = state["consumed_samples"]
+    if "guards" in state:  # not in those of earlier versions
+        run.guards.restore(state["guards"])
     if same_layout:
         _restore_random_state(state["random"])
 

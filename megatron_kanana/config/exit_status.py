@@ -1,7 +1,35 @@
-"""How a run tells whoever started it that it saved before its end."""
+"""How a run tells whoever started it why it ended before its end."""
+
+WRONG_CONFIGURATION = 2
+"""The settings have problems; another start would find the same."""
+
+CANNOT_SAVE = 74
+"""Checkpoints could not be saved, as of an error of input or output (EX_IOERR of sysexits.h)."""
+
+TOO_FEW_NODES = 75
+"""The pre-flight left too few good nodes; the batch script has submitted another job."""
 
 SAVED_FOR_ANOTHER_START = 85
-"""After SIGUSR1: a batch script puts its job into the queue again."""
+"""After SIGUSR1, or before the time limit: a batch script puts its job into the queue again."""
+
+HUNG = 86
+"""The watchdog ended a run that stood still: torchrun or the batch script starts it again."""
+
+STOPPED = 87
+"""The guards ended a run whose numbers were not right, after saving it: somebody must look."""
 
 SAVED_FOR_GOOD = 143
 """After SIGTERM, as of a process that it ended: its sender starts the run again himself, or not."""
+
+WITHOUT_RESTART = (
+    WRONG_CONFIGURATION,
+    CANNOT_SAVE,
+    TOO_FEW_NODES,
+    SAVED_FOR_ANOTHER_START,
+    STOPPED,
+    SAVED_FOR_GOOD,
+)
+"""After these, torchrun does not start the processes again, whatever `--max-restarts`."""
+
+LAUNCH_TIME = "MEGATRON_KANANA_LAUNCH_TIME"
+"""Environment variable: when the launch began, in seconds since 1970, its restarts included."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .mixture import add_tokens
 
 LEDGER_FILE = "ledger.json"
+
+SampleRange = tuple[int, int]
+"""Numbers of samples in a run, from the first up to but without the second."""
 
 
 @dataclass(frozen=True)
@@ -17,16 +20,18 @@ class Ledger:
     """What the weights of a checkpoint were trained on.
 
     Attributes:
-        consumed_samples: samples of the run that made the checkpoint.
+        consumed_samples: samples of the run that made the checkpoint, with those passed over.
         sequence_length: tokens of one of them.
-        tokens: tokens of that run by source.
+        tokens: tokens that the run was trained on, by source.
         earlier_tokens: those of the runs before it whose weights it began with.
+        skipped_samples: ranges that the run's guards passed over.
     """
 
     consumed_samples: int
     sequence_length: int
     tokens: dict[str, int]
     earlier_tokens: dict[str, int]
+    skipped_samples: list[SampleRange] = field(default_factory=list)
 
     @property
     def all_tokens(self) -> dict[str, int]:
@@ -45,4 +50,6 @@ def read_ledger(checkpoint: Path) -> Ledger | None:
     path = checkpoint / LEDGER_FILE
     if not path.is_file():
         return None
-    return Ledger(**json.loads(path.read_text(encoding="utf-8")))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    skipped = [(begin, end) for begin, end in content.pop("skipped_samples", [])]
+    return Ledger(**content, skipped_samples=skipped)

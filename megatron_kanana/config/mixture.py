@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -108,11 +108,16 @@ def mixture(data: DataSettings) -> Mixture:
     return Mixture(names, ranges)
 
 
-def tokens_by_source(data: DataSettings, consumed_samples: int) -> dict[str, int]:
-    """Tokens of each source among the first samples of a run."""
+def tokens_by_source(
+    data: DataSettings, consumed_samples: int, skipped: Iterable[tuple[int, int]] = ()
+) -> dict[str, int]:
+    """Tokens of each source among the first samples of a run, without the ranges skipped."""
     of_run = mixture(data)
-    counts = of_run.counts(consumed_samples) * data.sequence_length
-    return dict(zip(of_run.names, map(int, counts), strict=True))
+    counts = of_run.counts(consumed_samples)
+    for begin, end in skipped:
+        counts = counts - (of_run.counts(end) - of_run.counts(begin))
+    tokens = counts * data.sequence_length
+    return dict(zip(of_run.names, map(int, tokens), strict=True))
 
 
 def add_tokens(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .exit_status import WRONG_CONFIGURATION
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,8 +42,8 @@ class ConfigurationError(Exception):
         super().__init__("\n\n".join([header, *map(str, self.problems)]))
 
 
-def tell(error: Exception, rank: int) -> int:
-    """Say on the first process what is wrong; returns the exit code for it, 2.
+def tell(error: Exception, rank: int, status: int = WRONG_CONFIGURATION) -> int:
+    """Say on the first process what is wrong; returns the exit code for it.
 
     The others wait a little: a launcher stops every process with the first that ends.
     """
@@ -49,4 +51,4 @@ def tell(error: Exception, rank: int) -> int:
         print(error, file=sys.stderr, flush=True)
     else:
         time.sleep(5)
-    return 2
+    return status

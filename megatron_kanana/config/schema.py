@@ -11,6 +11,7 @@ from functools import partial
 from .cluster_settings import ClusterSettings
 from .data_settings import DataSettings
 from .fields import setting
+from .guard_settings import GuardSettings
 
 architecture = partial(setting, fixed_by_checkpoint=True)
 
@@ -385,6 +386,7 @@ class Settings:
     checkpoint: CheckpointSettings = setting(help="saving and loading")
     logging: LoggingSettings = setting(help="what a person sees")
     kernels: KernelSettings = setting(help="implementation of our operations")
+    guards: GuardSettings = setting(GuardSettings, help="steps whose numbers cannot be right")
     cluster: ClusterSettings = setting(ClusterSettings, help="where tools/submit.py starts it")
 
     @property

@@ -48,6 +48,11 @@ class AttentionLogits:
         self._by_layer = torch.maximum(self._by_layer, result.amax(1))
         return result
 
+    def forget(self) -> None:
+        """Drop what forwards have left since the last reduction."""
+        for attention in self._attentions:
+            attention.take_max_logits()
+
     def take(self) -> list[float]:
         """Each layer's maximum over what was reduced since the last call."""
         by_layer = self._by_layer.tolist()

@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_kanana.checkpoint.writer import CheckpointWriter
 from megatron_kanana.config.saved import whole_path
+from megatron_kanana.data.held_out import HeldOutText
 
 from .evaluation import evaluate_both
+from .events import record_trouble
 from .generation import generate
 from .interruption import Interruption
 from .metrics import StepMetrics, collect_metrics
 from .perplexity import held_out_loss
 from .records import Recorder, read_records
+from .rollback import stop_or_go_back
 from .run import Run, evaluation_sets, training_data
 from .sampling import Sampling
 from .step import StepResult, train_step
@@ -40,32 +45,29 @@ def train(run: Run, interruption: Interruption) -> None:
         if dist.get_rank() == 0
         else None
     )
-    writer = CheckpointWriter(Path(settings.checkpoint_dir), settings.checkpoint)
+    writer = checkpoint_writer(run)
     iterators, evaluation_data = training_data(run)
     sets = evaluation_sets(settings, run.tokenizer) if schedule.evaluation_interval else {}
-    measured_tokens, measured_time = run.consumed_tokens, time.monotonic()
+    pace = Pace(run)
     while run.step < last_step:
         result = train_step(run, iterators)
-        if run.step % settings.logging.interval == 0 or run.step == last_step:
-            metrics = measure(run, result)
-            now = time.monotonic()
-            if recorder is not None:
-                rate = (run.consumed_tokens - measured_tokens) / (now - measured_time)
-                learning_rate = get_canonical_lr_for_logging(run.optimizer.param_groups)
-                recorder.record_step(
-                    run.step, run.ledger, metrics, result.grad_norm, learning_rate, rate
-                )
-            measured_tokens, measured_time = run.consumed_tokens, now
+        for trouble in result.troubles:
+            record_trouble(run, trouble, recorder)
+        if result.ends_here:
+            stop_or_go_back(run, result.troubles, writer, recorder)
+            writer = checkpoint_writer(run)
+            iterators, evaluation_data = training_data(run)
+            pace = Pace(run)
+            continue
+        if result.applied and (run.step % settings.logging.interval == 0 or run.step == last_step):
+            measure_and_record(run, result, pace, recorder)
         interval = schedule.evaluation_interval
         if interval and (run.step % interval == 0 or run.step == schedule.steps):
-            losses = evaluate_both(run, evaluation_data)
-            of_sets = {name: held_out_loss(run, text) for name, text in sets.items()}
-            if recorder is not None:
-                recorder.record_evaluation(run.step, run.consumed_tokens, *losses, of_sets)
-            measured_time = time.monotonic()
+            evaluate_and_record(run, evaluation_data, sets, recorder)
+            pace.go_on()
         if settings.checkpoint.save_interval and run.step % settings.checkpoint.save_interval == 0:
             writer.save(run)
-            measured_time = time.monotonic()
+            pace.go_on()
         writer.poll()
         if run.step < last_step and interruption.agreed():
             break
@@ -77,6 +79,38 @@ def train(run: Run, interruption: Interruption) -> None:
     if recorder is not None:
         recorder.close()
     dist.barrier()  # a launcher may end the others with the first that leaves early
+
+
+def checkpoint_writer(run: Run) -> CheckpointWriter:
+    """A writer of the run's checkpoints; every process must call this."""
+    settings = run.settings
+    return CheckpointWriter(Path(settings.checkpoint_dir), settings.checkpoint)
+
+
+class Pace:
+    """Tokens a second of training alone, from one measurement to the next."""
+
+    def __init__(self, run: Run) -> None:
+        self._tokens, self._time = run.consumed_tokens, time.monotonic()
+
+    def go_on(self) -> None:
+        """Training goes on after something else, whose time is not to count."""
+        self._time = time.monotonic()
+
+    def take(self, run: Run) -> float:
+        """Tokens a second since the last time."""
+        tokens, since = self._tokens, self._time
+        self._tokens, self._time = run.consumed_tokens, time.monotonic()
+        return (self._tokens - tokens) / (self._time - since)
+
+
+def measure_and_record(run: Run, result: StepResult, pace: Pace, recorder: Recorder | None) -> None:
+    """Measure the step just done, and write it down; every process must call this."""
+    metrics = measure(run, result)
+    rate = pace.take(run)
+    if recorder is not None:
+        learning_rate = get_canonical_lr_for_logging(run.optimizer.param_groups)
+        recorder.record_step(run.step, run.ledger, metrics, result.grad_norm, learning_rate, rate)
 
 
 def measure(run: Run, result: StepResult) -> StepMetrics:
@@ -92,6 +126,16 @@ def measure(run: Run, result: StepResult) -> StepMetrics:
         0 if run.qk_clip is None else run.qk_clip.take_num_clipped(),
         run.expert_loads,
     )
+
+
+def evaluate_and_record(
+    run: Run, dataset: Any, sets: Mapping[str, HeldOutText], recorder: Recorder | None
+) -> None:
+    """Held-out losses of the weights as they are; every process must call this."""
+    losses = evaluate_both(run, dataset)
+    of_sets = {name: held_out_loss(run, text) for name, text in sets.items()}
+    if recorder is not None:
+        recorder.record_evaluation(run.step, run.consumed_tokens, *losses, of_sets)
 
 
 def _report(run: Run, recorder: Recorder | None) -> None:

@@ -41,22 +41,35 @@ class Recorder:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_records(self.path) if line["step"] <= start_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("a")
         self._total_steps = total_steps
-        self._start_step = start_step
-        self._start_time = time.monotonic()
         self._console = Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
         self._last_line = float("-inf")
-        self._events: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._tensorboard = run_dir / "tensorboard" if tensorboard else None
+        self._begin(start_step)
         if self._console.is_terminal:
             self._live.start()
+
+    def _begin(self, step: int) -> None:
+        """Keep the lines up to a step, and go on after it."""
+        kept = [line for line in read_records(self.path) if line["step"] <= step]
+        # A kill in the middle of it must not leave a part of the file.
+        whole = self.path.with_suffix(".new")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        whole.replace(self.path)
+        self._file = self.path.open("a")
+        self._events: Any = None
+        if self._tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._tensorboard), purge_step=step + 1)
+        self._start_step = step
+        self._start_time = time.monotonic()
+
+    def go_back(self, step: int) -> None:
+        """Drop what was written of the steps after this one, which the run does again."""
+        self._close_files()
+        self._begin(step)
 
     def record_step(
         self,
@@ -134,6 +147,9 @@ class Recorder:
         """Flush everything."""
         if self._console.is_terminal:
             self._live.stop()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._file.close()
         if self._events is not None:
             self._events.close()

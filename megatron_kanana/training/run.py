@@ -20,7 +20,7 @@ from megatron_kanana.config import (
     checkpoint_to_start_from,
 )
 from megatron_kanana.config.batch_sizes import global_batch_size, samples_of_steps
-from megatron_kanana.config.ledger import Ledger, read_ledger
+from megatron_kanana.config.ledger import Ledger, SampleRange, read_ledger
 from megatron_kanana.config.mixture import mixture, sources, tokens_by_source
 from megatron_kanana.config.saved import goes_on
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
@@ -45,7 +45,9 @@ from megatron_kanana.optimizer.weight_average import WeightAverage
 
 from .attention_logits import AttentionLogits
 from .conversation_data import conversation_datasets
+from .guards import Guards
 from .metrics import ExpertLoadRecorder
+from .passed_over import repeat_rollback
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +79,10 @@ class Run(Model):
         attention_logits: brings the largest attention logits together.
         qk_clip: scales attention heads down after a step; None only watches their logits.
         weight_average: averages the weights over the steps; None where none is kept.
+        guards: look at every step before its update.
         step: optimizer steps done.
-        consumed_samples: sequences the steps have used, over all processes.
+        consumed_samples: sequences the steps have used or passed over, over all processes.
+        skipped_samples: ranges of them that were passed over.
         earlier_tokens: tokens by source of the runs whose weights this one began with.
     """
 
@@ -88,8 +92,10 @@ class Run(Model):
     attention_logits: AttentionLogits
     qk_clip: QKClip | None
     weight_average: WeightAverage | None
+    guards: Guards
     step: int = 0
     consumed_samples: int = 0
+    skipped_samples: list[SampleRange] = field(default_factory=list)
     earlier_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -100,7 +106,8 @@ class Run(Model):
     @property
     def consumed_tokens(self) -> int:
         """Tokens the steps have used, over all processes."""
-        return self.consumed_samples * self.settings.data.sequence_length
+        skipped = sum(end - begin for begin, end in self.skipped_samples)
+        return (self.consumed_samples - skipped) * self.settings.data.sequence_length
 
     @property
     def ledger(self) -> Ledger:
@@ -109,8 +116,9 @@ class Run(Model):
         return Ledger(
             self.consumed_samples,
             data.sequence_length,
-            tokens_by_source(data, self.consumed_samples),
+            tokens_by_source(data, self.consumed_samples, self.skipped_samples),
             self.earlier_tokens,
+            self.skipped_samples,
         )
 
 
@@ -165,6 +173,7 @@ def build_run(settings: Settings, device: Device) -> Run:
         attention_logits=AttentionLogits(chunks, config),
         qk_clip=qk_clip,
         weight_average=weight_average,
+        guards=Guards(chunks, settings.guards),
     )
 
 
@@ -235,6 +244,8 @@ def _load(run: Run, path: Path) -> None:
     if goes_on(run.settings):
         checkpoint_state.load(run, path)
         run.earlier_tokens = ledger.earlier_tokens if ledger else {}
+        run.skipped_samples = list(ledger.skipped_samples) if ledger else []
+        repeat_rollback(run)
         logger.info("loaded %s: step %d, %d samples", path, run.step, run.consumed_samples)
         return
     with_optimizer = run.settings.checkpoint.load_what == "weights_and_optimizer"

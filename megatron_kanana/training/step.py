@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,9 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from megatron_kanana.model.multi_token import take_mtp_losses
 from megatron_kanana.model.segments import padding_mask
+from megatron_kanana.optimizer.update import update_weights
 
+from .guards import ROLLBACK, STOP, Trouble
 from .loss_weights import weigh_alike
 from .run import DataIterators, Run
 
@@ -28,20 +29,31 @@ class StepResult:
         losses: mean loss of each microbatch; empty on processes without the output layer.
         mtp_losses: fp32 [num_mtp_layers], mean over the microbatches of each multi-token
             prediction layer's loss; None where `losses` is empty and without such layers.
-        grad_norm: global norm of the gradients before clipping; not a number for a skipped step.
-        applied: whether the weights were updated.
+        grad_norm: global norm of the gradients before clipping.
+        troubles: what the guards found; the same on every process.
     """
 
     losses: list[torch.Tensor]
     mtp_losses: torch.Tensor | None
     grad_norm: float
-    applied: bool
+    troubles: list[Trouble]
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights were updated."""
+        return all(trouble.applies for trouble in self.troubles)
+
+    @property
+    def ends_here(self) -> bool:
+        """Whether the run is not to go on from this step, which then does not count as done."""
+        return any(trouble.action in (ROLLBACK, STOP) for trouble in self.troubles)
 
 
 def train_step(run: Run, iterators: DataIterators) -> StepResult:
     """Forward and backward passes of a global batch, gradient reduction, and the update.
 
-    The step with number k (from 1) uses the learning rate the schedule gives for k.
+    The step with number k (from 1) uses the learning rate the schedule gives for k. The guards may
+    keep it from the update; its samples are passed over then.
     """
     batch_size = run.global_batch_size
     num_microbatches = run.settings.num_microbatches(dist.get_world_size(), batch_size)
@@ -50,20 +62,28 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
     run.optimizer.zero_grad()
     if run.settings.data.conversations:
         iterators = weigh_alike(run, iterators, num_microbatches)
-    losses = run_schedule(run, iterators, num_microbatches, forward_only=False)
+    forward_backward = partial(
+        run_schedule, run, num_microbatches=num_microbatches, forward_only=False
+    )
+    passed = run.guards.run_pass(run, iterators, forward_backward)
+    mtp_losses = take_mtp_losses(num_microbatches)
+    result = StepResult(passed.losses, mtp_losses, passed.grad_norm, passed.troubles)
+    if result.ends_here:
+        return result
     run.scheduler.step(increment=1)
-    if run.qk_clip is not None:
-        run.qk_clip.max_logits = run.attention_logits.reduce()
-    applied, grad_norm, _ = run.optimizer.step()
-    clear_aux_losses_tracker()
+    end = run.consumed_samples + batch_size
+    if result.applied:
+        if run.qk_clip is not None:
+            run.qk_clip.max_logits = run.attention_logits.reduce()
+        update_weights(run.optimizer, result.grad_norm)
+        clear_aux_losses_tracker()
+    else:
+        run.skipped_samples.append((run.consumed_samples, end))
     run.step += 1
     if run.weight_average is not None:
         run.weight_average.update(run.step)
-    run.consumed_samples += batch_size
-    mtp_losses = take_mtp_losses(num_microbatches)
-    return StepResult(
-        losses, mtp_losses, math.nan if grad_norm is None else float(grad_norm), bool(applied)
-    )
+    run.consumed_samples = end
+    return result
 
 
 def run_schedule(
