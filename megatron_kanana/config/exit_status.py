@@ -1,4 +1,4 @@
-"""How a run tells whoever started it why it ended before its end."""
+"""What a run and its launcher tell each other: why it ended, and which start it is."""
 
 WRONG_CONFIGURATION = 2
 """The settings have problems; another start would find the same."""
@@ -30,6 +30,9 @@ WITHOUT_RESTART = (
     SAVED_FOR_GOOD,
 )
 """After these, torchrun does not start the processes again, whatever `--max-restarts`."""
+
+START = "MEGATRON_KANANA_START"
+"""Environment variable: another text for each start of the processes, the same for all of them."""
 
 LAUNCH_TIME = "MEGATRON_KANANA_LAUNCH_TIME"
 """Environment variable: when the launch began, in seconds since 1970, its restarts included."""

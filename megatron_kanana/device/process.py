@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_kanana.config import Environment, Settings, resolve_device, resolve_precision
+from megatron_kanana.config.exit_status import START
 
+from .orphans import end_children_with_me, end_with_parent
 from .patches import apply_patches
 
 logger = logging.getLogger(__name__)
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""After which a process gives up waiting for others, where the watchdog has not ended the run."""
 
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,6 +49,9 @@ class Device:
 def prepare_device(settings: Settings, environment: Environment) -> Device:
     """Choose the device and apply its patches; must come before megatron-core is imported."""
     kind = resolve_device(settings.device, environment)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else the parent may be a shell that may go
+        end_with_parent()
+    end_children_with_me()
     quiet_libraries()
     if kind == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -78,9 +88,7 @@ def initialize_process_groups(settings: Settings, device: Device) -> None:
 
     # Without device_id, each NCCL group takes GPU memory when it is first used, and the many groups
     # of megatron-core that a layout never uses take none.
-    dist.init_process_group(
-        "nccl" if device.is_cuda else "gloo", timeout=datetime.timedelta(minutes=30), **_alone()
-    )
+    dist.init_process_group("nccl" if device.is_cuda else "gloo", timeout=TIMEOUT, **_meeting())
     lay_over_processes(settings)
     parallel = settings.parallel
     world_size = dist.get_world_size()
@@ -116,13 +124,16 @@ def lay_over_processes(settings: Settings, *, with_gloo_groups: bool = True) -> 
     )
 
 
-def _alone() -> dict[str, Any]:
-    """What a process that no launcher started needs to be a job of its own."""
-    if "RANK" in os.environ:
-        return {}
-    # 0 is any free port.
-    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # type: ignore[attr-defined]
-    return {"store": store, "rank": 0, "world_size": 1}
+def _meeting() -> dict[str, Any]:
+    """Where the processes meet, and the place of this one among them."""
+    if "RANK" not in os.environ:  # no launcher started it: a job of its own
+        store = TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # 0 is any free port
+        return {"store": store, "rank": 0, "world_size": 1}
+    store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps its store over restarts; what processes before these wrote there, such as the
+    # addresses they listened at, must not be taken for what these write.
+    start = os.environ.get(START) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": PrefixStore(f"start_{start}", store), "rank": rank, "world_size": world_size}
 
 
 def destroy_process_groups() -> None:

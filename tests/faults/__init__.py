@@ -1,0 +1,1 @@
+"""Runs whose processes are killed or frozen, beside the run that nobody disturbed."""
