@@ -75,7 +75,7 @@ class DisturbedRun:
         self.problems: list[str] = []
         self._command = [
             *(sys.executable, "-m", "megatron_kanana.cluster.launch", "--standalone"),
-            *(f"--nproc-per-node={processes}", "--max-restarts=100000"),
+            *(f"--nproc-per-node={processes}", f"--max-restarts={2 * kills + 5}"),
             *("--start-method=fork", "--run-path", str(ROOT / "tests/faults/train_observed.py")),
             *(str(folder), *arguments),
         ]
