@@ -1,14 +1,21 @@
-"""Find out what every process of a large job would hold, before there is a cluster.
+"""Plan a large job before there is a cluster: memory, time and cost, layouts, a dry run.
 
-    python -m tools.plan --dry-run --processes 512 experiment=kanana_2_155b_a17b
-    python -m tools.plan --dry-run --processes 512 --ranks 0,63,511 model=kanana_2_30b_a3b …
+    python -m tools.plan --processes 512 experiment=kanana_2_155b_a17b parallel=h200_512
+    python -m tools.plan --search --processes 512 --plot found.png experiment=kanana_2_155b_a17b
+    python -m tools.plan --dry-run --processes 512 --ranks 0,63,511 experiment=kanana_2_155b_a17b
+    python -m tools.plan --errors
 
-The configuration is checked as for a real start, but for files, which may be on the cluster. Then
-megatron-core's modules are built for each of the ranks, with the sizes and placements of the real
-job and without memory for weights. Sizes are of weights, gradients and optimizer state; activations
-are not among them. `--ranks all` also shows that all processes together hold the model exactly.
+The configuration is checked as for a real start, but for files, which may be on the cluster.
 
-Exit code 1 if they do not; 2 for a configuration that cannot run.
+Without a mode, memory, step time, days and GPU-hours of the run are predicted from its settings,
+for the GPUs of --machine. --search does so for every layout that a real start would not refuse, and
+lists the fastest of those that fit. --errors puts predictions beside what was measured.
+
+--dry-run builds megatron-core's modules for each of the ranks, with the sizes and placements of the
+real job and without memory for weights. `--ranks all` also shows that all processes together hold
+the model exactly.
+
+Exit code 1 if they do not, or if nothing fits; 2 for a configuration that cannot run.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from typing import TYPE_CHECKING
 from megatron_kanana.config import (
     ConfigurationError,
     Environment,
+    Problem,
     Settings,
     detect_environment,
     load_settings,
@@ -41,8 +49,10 @@ HEADINGS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, build and report; returns the exit code."""
+    """Check, predict or build, and report; returns the exit code."""
     options = parse_arguments(arguments)
+    if options.errors:
+        return report_errors(options)
     environment = Environment(
         world_size=options.processes,
         local_world_size=min(options.processes, options.processes_per_node),
@@ -53,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings(
             options.overrides, environment, options.config_dir, with_files=False
         )
+        if not options.dry_run:
+            return report_plan(settings, environment, options)
     except ConfigurationError as error:
         return tell(error, 0)
     ranks = chosen_ranks(options.ranks, settings, options.processes)
@@ -63,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return report(settings, options.processes, ranks, options.json)
+    return report_dry_run(settings, options.processes, ranks, options.json)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,14 +87,137 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", help="group=name or setting=value")
     parser.add_argument("--config-dir", help="folder with config groups of your own")
-    parser.add_argument("--dry-run", action="store_true", required=True, help="build the ranks")
-    parser.add_argument("--processes", type=int, required=True, help="GPUs of the whole job")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="build the ranks")
+    mode.add_argument("--search", action="store_true", help="look for the fastest layouts")
+    mode.add_argument("--errors", action="store_true", help="predictions beside measurements")
+    parser.add_argument("--processes", type=int, help="GPUs of the whole job")
     parser.add_argument("--processes-per-node", type=int, default=8, help="GPUs of a node (8)")
-    parser.add_argument(
+    parser.add_argument("--json", type=Path, help="file for everything that was found")
+    dry_run = parser.add_argument_group("with --dry-run")
+    dry_run.add_argument(
         "--ranks", default="stages", help="stages (one process of each), all, or 0,63,…"
     )
-    parser.add_argument("--json", type=Path, help="file for everything that was found")
-    return parser.parse_intermixed_args(arguments)
+    plan = parser.add_argument_group("for predictions")
+    plan.add_argument("--machine", default="h200", help="h100, h200 (the default) or b200")
+    plan.add_argument(
+        "--machine-value",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of one's own, such as network_bandwidth=25e9; see planning/machines.py",
+    )
+    plan.add_argument(
+        "--implementation",
+        default="torch",
+        choices=("torch", "transformer_engine", "transformer_engine_deepep"),
+        help="who computes the layers: this version (the default), or megatron-core's with"
+        " Transformer Engine, with or without DeepEP",
+    )
+    plan.add_argument(
+        "--fp8", action="store_true", help="projections and experts in fp8, which needs it"
+    )
+    plan.add_argument(
+        "--expert-load",
+        type=float,
+        default=1.0,
+        help="tokens that come to the busiest process's experts, over the mean (1)",
+    )
+    plan.add_argument("--tokens", type=float, help="of the run; the settings' by default")
+    search = parser.add_argument_group("with --search")
+    search.add_argument(
+        "--global-batch-size", type=int, help="sequences; the last one's by default"
+    )
+    search.add_argument("--top", type=int, default=15, help="how many to show (15)")
+    search.add_argument("--plot", type=Path, help="PNG file for a picture of them")
+    errors = parser.add_argument_group("with --errors")
+    errors.add_argument(
+        "--leave-one-out", action="store_true", help="fit again without each figure: a minute"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.processes is None and not options.errors:
+        parser.error("--processes is needed: GPUs of the whole job")
+    return options
+
+
+def report_errors(options: argparse.Namespace) -> int:
+    """Print predictions beside measurements; returns the exit code."""
+    from megatron_kanana.planning.errors import compare
+    from megatron_kanana.planning.report import comparison_lines, comparison_values
+
+    comparisons = compare(leave_one_out=options.leave_one_out)
+    print("\n".join(comparison_lines(comparisons)))
+    _write(options.json, comparison_values(comparisons))
+    return 0
+
+
+def report_plan(settings: Settings, environment: Environment, options: argparse.Namespace) -> int:
+    """Print the prediction of the run, or of the layouts found; returns the exit code.
+
+    Raises:
+        ConfigurationError: the machine is not known, or one of its values is wrong.
+    """
+    from megatron_kanana.planning.calibration import IMPLEMENTATIONS
+    from megatron_kanana.planning.machines import machine_named
+    from megatron_kanana.planning.plan import plan_run
+    from megatron_kanana.planning.report import plan_lines, run_values, search_lines, search_values
+    from megatron_kanana.planning.search import search
+
+    machine = machine_named(options.machine, machine_values(options.machine_value))
+    implementation = IMPLEMENTATIONS[options.implementation]
+    if not options.search:
+        run = plan_run(
+            settings,
+            environment.world_size,
+            machine,
+            implementation,
+            tokens=options.tokens,
+            fp8=options.fp8,
+            expert_load=options.expert_load,
+        )
+        print("\n".join(plan_lines(run)))
+        _write(options.json, run_values(run))
+        return 0 if all(plan.fits for _, plan in run.plans) else 1
+    sizes = [change.global_batch_size for change in settings.schedule.batch_size_changes]
+    size = options.global_batch_size or [settings.schedule.global_batch_size, *sizes][-1]
+    found = search(
+        settings,
+        environment,
+        machine,
+        implementation,
+        global_batch_size=size,
+        fp8=options.fp8,
+        expert_load=options.expert_load,
+    )
+    print("\n".join(search_lines(found, options.top)))
+    _write(options.json, search_values(found))
+    if options.plot is not None and found:
+        from megatron_kanana.planning.plot import plot_search
+
+        plot_search(found, options.plot, options.top)
+    return 0 if found else 1
+
+
+def machine_values(words: Sequence[str]) -> dict[str, float]:
+    """Values from words such as 'network_bandwidth=25e9'.
+
+    Raises:
+        ConfigurationError: a word is none of those.
+    """
+    values = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            problem = Problem("--machine-value", word, "is no value", "write NAME=NUMBER")
+            raise ConfigurationError([problem]) from None
+    return values
+
+
+def _write(path: Path | None, found: object) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def chosen_ranks(text: str, settings: Settings, processes: int) -> list[int] | None:
@@ -99,7 +234,9 @@ def chosen_ranks(text: str, settings: Settings, processes: int) -> list[int] | N
     return [int(word) for word in words]
 
 
-def report(settings: Settings, processes: int, ranks: Sequence[int], path: Path | None) -> int:
+def report_dry_run(
+    settings: Settings, processes: int, ranks: Sequence[int], path: Path | None
+) -> int:
     """Print a line for each rank, and what is wrong if all were built; returns the exit code."""
     from megatron_kanana.planning.dry_run import Coverage, dry_run
 
@@ -139,13 +276,12 @@ def report(settings: Settings, processes: int, ranks: Sequence[int], path: Path 
     if len(ranks) == processes and not problems:
         total = sum(coverage.volumes.values())
         print(f"all processes: {total:,} parameters, each with one place and one writer")
-    if path is not None:
-        found = {
-            "processes": processes,
-            "ranks": [_as_json(plan, settings) for plan in plans],
-            "problems": problems,
-        }
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    found = {
+        "processes": processes,
+        "ranks": [_as_json(plan, settings) for plan in plans],
+        "problems": problems,
+    }
+    _write(path, found)
     return 1 if problems else 0
 
 

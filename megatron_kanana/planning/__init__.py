@@ -1,4 +1,4 @@
-"""What a configuration needs, computed without building anything."""
+"""What a configuration needs, computed without building anything: sizes, memory, time, layouts."""
 
 from .parameters import ParameterCount, count_parameters
 

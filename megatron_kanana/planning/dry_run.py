@@ -15,15 +15,8 @@ from typing import Any
 from megatron_kanana.config import Settings
 from megatron_kanana.device.imagined import imagined_process, imagined_processes
 
+from .holdings import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES, Holding
 from .parameters import count_parameters
-
-GRADIENT_BYTES = {True: 4, False: 2}  # by precision.reduce_gradients_in_fp32
-WEIGHT_BYTES = 2
-# fp32 weights, and momentum or two moments
-OPTIMIZER_BYTES = {"muon": 4 + 4, "adamw": 4 + 8}
-
-Holding = tuple[str, str]
-"""'dense' or 'experts', and 'muon' or 'adamw'."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""Bytes of activations that wait for the backward pass, by layer, and what a pass needs meanwhile.
+
+Read off the modules of `model/` and megatron-core 0.16.1, and compared with what torch really saves
+in `tests/unit/test_planning_activations.py`. In bytes a token, with hidden size d, H heads, query
+and key width q, value width v, latent k and rotary width r, K experts a token of width n, shared
+width s, E experts, and two bytes an element:
+
+| | this version | Transformer Engine |
+| --- | --- | --- |
+| norm | input 2d, and fp32 1/rms 4 | the same |
+| projections' input | 2d | the same |
+| MLA | 2(k + r) + 2k + 4, with q_lora 4 q_lora + 4 more | the same |
+| core attention | queries, keys 2Hq each, values, output 2Hv each, fp32 LSE 4H | the same |
+| activation of width f, f-wide input of the down projection included | 10f | 6f |
+| routed experts | gathered tokens 2Kd, and 12Kn: probabilities weigh the 10f in fp32 | 2Kd + 6Kn |
+| router | fp32 logits and scores, top-k, permutation: 17E + 28K + 12 | the same |
+| loss, V words | softmax 4V, while logits 2V exist | logits 2V, overwritten by their gradient |
+
+Tensor parallelism divides all of it, sequence parallelism what it does not split by heads.
+"""
+
+from __future__ import annotations
+
+from .architecture import Architecture
+from .calibration import Implementation
+from .layout import Layout, Stage
+
+MAX_LOGIT_ROWS = 1024  # SDPA_MAX_LOGIT_ROWS of kernels/attention.py
+
+
+def attention_bytes(architecture: Architecture, implementation: Implementation) -> dict[str, float]:
+    """Of one token in the attention of one layer, by name; the norm before it included."""
+    hidden, heads = architecture.hidden_size, architecture.num_heads
+    query, value = architecture.query_key_dim, architecture.value_dim
+    result = {"norm": 2.0 * hidden + 4, "projection input": 2.0 * hidden}
+    keys = heads
+    if architecture.kv_lora_rank is None:
+        keys = architecture.num_key_value_heads
+        # Queries and keys are normalised head by head; the norms keep their inputs.
+        result["query and key norms"] = (heads + keys) * (2.0 * query + 4)
+    else:
+        latent = architecture.kv_lora_rank
+        result["latent"] = 2.0 * (latent + architecture.rope_dim) + 4 + 2 * latent
+        if architecture.q_lora_rank is not None:
+            result["query latent"] = 4.0 * architecture.q_lora_rank + 4
+    result["query, key, value"] = 2.0 * (heads * query + keys * (query + value))
+    result["attention output"] = 2.0 * heads * value + 4 * heads
+    return result
+
+
+def gated_bytes(width: int, implementation: Implementation) -> float:
+    """Of one token in SwiGLU and the input of the projection after it."""
+    return (6.0 if implementation.fused else 10.0) * width
+
+
+def feed_forward_bytes(
+    architecture: Architecture, implementation: Implementation, *, is_moe: bool
+) -> dict[str, float]:
+    """Of one token in the feed-forward of one layer, by name; the norm before it included."""
+    hidden = architecture.hidden_size
+    result = {"norm": 2.0 * hidden + 4, "projection input": 2.0 * hidden}
+    if not is_moe:
+        result["activation"] = gated_bytes(architecture.ffn_hidden_size, implementation)
+        return result
+    visited, width = architecture.num_experts_per_token, architecture.expert_hidden_size
+    result["router"] = 17.0 * architecture.num_experts + 28 * visited + 12
+    result["gathered tokens"] = 2.0 * visited * hidden
+    result["experts"] = visited * (
+        gated_bytes(width, implementation) + (0 if implementation.fused else 2 * width + 4)
+    )
+    if architecture.shared_hidden_size:
+        result["shared experts"] = gated_bytes(architecture.shared_hidden_size, implementation)
+    return result
+
+
+def layer_bytes(
+    architecture: Architecture,
+    layout: Layout,
+    implementation: Implementation,
+    *,
+    is_moe: bool,
+    fp8: bool = False,
+) -> float:
+    """That one layer of one process keeps of a microbatch, with the layout's recompute choice."""
+    hidden, tokens = architecture.hidden_size, layout.tokens / layout.tensor
+    if layout.has_full_recompute:
+        return 2.0 * hidden * tokens
+    attention = attention_bytes(architecture, implementation)
+    feed_forward = feed_forward_bytes(architecture, implementation, is_moe=is_moe)
+    if is_moe:
+        for part in ("gathered tokens", "experts"):
+            feed_forward[part] *= layout.expert_load
+    kept = sum(attention.values()) + sum(feed_forward.values())
+    if fp8:  # inputs of projections, quantised by rows and by columns, beside what is there
+        kept += 2.0 * _projection_inputs(architecture, is_moe=is_moe)
+    if "up_projections" in layout.recompute:
+        kept -= attention["query, key, value"]
+    if "norms" in layout.recompute:
+        kept -= attention["projection input"] + feed_forward["projection input"]
+    if "activations" in layout.recompute:
+        width = architecture.expert_hidden_size * architecture.num_experts_per_token
+        kept -= 2.0 * (width if is_moe else 0)
+    if "dense_feed_forward" in layout.recompute and not is_moe:
+        kept -= feed_forward["activation"]
+    return kept * tokens
+
+
+def stage_bytes(
+    architecture: Architecture,
+    layout: Layout,
+    implementation: Implementation,
+    stage: Stage,
+    *,
+    fp8: bool = False,
+) -> tuple[float, float]:
+    """What a virtual stage keeps of a microbatch, and what a pass needs beside it for a while."""
+    hidden, tokens = architecture.hidden_size, layout.tokens
+    has_experts = stage.moe + stage.mtp > 0
+
+    def of_layer(is_moe: bool, chosen: Layout) -> float:
+        return layer_bytes(architecture, chosen, implementation, is_moe=is_moe, fp8=fp8)
+
+    kept = stage.dense * of_layer(False, layout)
+    kept += (stage.moe + stage.mtp) * of_layer(True, layout)
+    kept += 8.0 * tokens if stage.embedding else 0.0
+    passing = 6.0 * hidden  # of experts: three copies of the gathered tokens
+    if has_experts:
+        passing *= architecture.num_experts_per_token * layout.expert_load
+    transient = passing * tokens / layout.tensor
+    if implementation.max_logits:
+        heads = architecture.num_heads / layout.tensor
+        rows = min(MAX_LOGIT_ROWS, layout.sequence_length)
+        logits = layout.micro_batch_size * heads * rows * layout.sequence_length
+        transient = max(transient, 6.0 * logits)  # bf16, and fp32 of the same
+    if layout.has_full_recompute and stage.dense + stage.moe + stage.mtp > 0:
+        whole = _without_recompute(layout)
+        transient += of_layer(has_experts, whole)
+    if stage.output:
+        norm = (4.0 * hidden + 4) * tokens / layout.tensor
+        words = architecture.vocab_size * tokens / layout.tensor
+        losses = 1 + stage.mtp
+        of_output = losses * (norm + (2.0 if implementation.fused else 4.0) * words + 9 * tokens)
+        # The output layer's weight gradient exists in bf16 before it is added to the sums.
+        passing = 2.0 * architecture.vocab_size * hidden / layout.tensor
+        if not implementation.fused:  # of the last loss, fp32 softmax and bf16 logits
+            passing = max(2.0 * words, passing - 2.0 * words)
+        kept += of_output
+        # Layers pass before the loss and after it, when its memory is free.
+        transient = max(passing, transient - of_output)
+    return kept, transient
+
+
+def _projection_inputs(architecture: Architecture, *, is_moe: bool) -> float:
+    """Elements that enter a layer's projections, of one token."""
+    attention = architecture.hidden_size + architecture.num_heads * architecture.value_dim
+    attention += architecture.kv_lora_rank or 0
+    attention += architecture.q_lora_rank or 0
+    hidden = architecture.hidden_size
+    if not is_moe:
+        return attention + hidden + architecture.ffn_hidden_size
+    visited = architecture.num_experts_per_token
+    experts = visited * (hidden + architecture.expert_hidden_size)
+    shared = architecture.shared_hidden_size
+    return attention + experts + (hidden + shared if shared else 0)
+
+
+def _without_recompute(layout: Layout) -> Layout:
+    import dataclasses
+
+    return dataclasses.replace(layout, recompute=frozenset())

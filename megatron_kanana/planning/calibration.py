@@ -1,0 +1,145 @@
+"""Every measured number that predictions rest on, with its source. Nothing else is fitted.
+
+Sources, in short:
+
+- peers: `measured.py`, figures of one H200 with torch 2.11, Transformer Engine 2.11, megatron-core
+  0.16.1 and CUDA 13.0.
+- cards: `benchmarks/results/`, of one H100.
+- DeepEP: its README, on H800; UCCL-EP: its README, the same measurement on H200.
+
+An efficiency is a share of the machine's peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """Shares of peaks, the same for every model and every system.
+
+    Attributes:
+        matmul: large dense products in bf16. peers: 662 TFLOP/s for a dense product of an expert
+            layer's operations (0.67); 8192^3 reaches 770 to 800 alone.
+        matmul_fp8: in fp8, of the fp8 peak. peers: 1126 TFLOP/s of `torch._scaled_grouped_mm`.
+        grouped_matmul: one launch for all experts, bf16. peers: 535 forward with uneven loads, 524
+            and 492 backward; mean 517 TFLOP/s.
+        attention_forward, attention_backward: causal, bf16, of 2 and of 5 products. peers:
+            Transformer Engine's 573 and 401 TFLOP/s.
+        memory: of memory bandwidth, kernels that only move data. peers: `moe_permute` 0.281 ms for
+            16,384 tokens in and 98,304 out (2.9 TB/s, 0.60).
+        optimizer_memory: the same for the many small kernels of an update. cards: AdamW's 0.061 s
+            for 2.51e9 parameters at 46 bytes each (1.89 TB/s of an H100's 3.35, 0.56).
+        nvlink: of NVLink's bandwidth, any collective. UCCL-EP: 320 of 450 GB/s in a node (0.71).
+        network: of the network's. DeepEP: 43 to 47 of 50 GB/s between nodes (0.9).
+        dispatch_hidden: of the time of experts' messages that overlapping them hides. Megatron MoE
+            Model Zoo: Qwen3-235B on 256 H100 takes 19.7 s without and 17.6 s with it; the messages
+            take 5.7 s as predicted here (0.37).
+        host_overlap: exponent p of (host^p + gpu^p)^(1/p), how well launching overlaps with what
+            was launched; 1 not at all, infinite perfectly. Fitted to `measured.SLICES`.
+    """
+
+    matmul: float = 0.67
+    matmul_fp8: float = 0.57
+    grouped_matmul: float = 0.52
+    attention_forward: float = 0.58
+    attention_backward: float = 0.405
+    memory: float = 0.60
+    optimizer_memory: float = 0.56
+    nvlink: float = 0.71
+    network: float = 0.90
+    dispatch_hidden: float = 0.37
+    host_overlap: float = 4.0
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How layers are computed: what is fused, and how long a process takes to launch it.
+
+    Attributes:
+        name: for reports.
+        fused: whether activation functions, rotary embedding, cross-entropy, permutation and the
+            addition of weight gradients are single kernels.
+        grouped_experts: whether the experts' products are one launch for all of them.
+        max_logits: whether a second product finds the largest attention logits.
+        deduplicates: whether a token is sent once to a node however many of its experts lie there
+            (DeepEP), or once for each expert (all-to-all).
+        host_layer: seconds to launch a layer's attention and norms, forward and backward.
+        host_moe: seconds to launch router, dispatch and shared experts, forward and backward.
+        host_expert: seconds for each routed expert of the process, by format of computation.
+        host_stage: seconds for embedding, output layer, loss and the like, forward and backward.
+    """
+
+    name: str
+    fused: bool
+    grouped_experts: bool
+    max_logits: bool
+    deduplicates: bool
+    host_layer: float
+    host_moe: float
+    host_expert: dict[str, float] = field(hash=False)
+    host_stage: float
+
+
+TRANSFORMER_ENGINE = Implementation(
+    name="transformer_engine",
+    fused=True,
+    grouped_experts=True,
+    max_logits=False,
+    deduplicates=False,
+    # Of measured.LAYERS: 22 ms of a layer of 128 experts, whatever the number of tokens below 32K,
+    # in bf16, and 61 in fp8. What of that does not depend on experts is our estimate.
+    host_moe=4e-3,
+    host_expert={"bf16": 0.14e-3, "fp8": 0.45e-3},
+    # Of measured.SLICES, bf16 at 2 x 4096: 30 ms a layer of experts, and 37 ms beside those.
+    host_layer=8e-3,
+    host_stage=26e-3,
+)
+"""megatron-core with Transformer Engine at its best: CUTLASS grouped products."""
+
+DEEPEP = Implementation(
+    name="transformer_engine_deepep",
+    fused=True,
+    grouped_experts=True,
+    max_logits=False,
+    deduplicates=True,
+    host_moe=TRANSFORMER_ENGINE.host_moe,
+    host_expert=TRANSFORMER_ENGINE.host_expert,
+    host_layer=TRANSFORMER_ENGINE.host_layer,
+    host_stage=TRANSFORMER_ENGINE.host_stage,
+)
+"""The same with DeepEP's dispatch, as published large runs have it."""
+
+TORCH = Implementation(
+    name="torch",
+    fused=False,
+    grouped_experts=False,
+    max_logits=True,
+    deduplicates=False,
+    host_moe=TRANSFORMER_ENGINE.host_moe,
+    # cards: optimizer_step_h100, passes of 32 microbatches of 4 layers in 14.3 s (with Muon) and
+    # 16.3 s (with AdamW), of which all but 0.1 s a microbatch are experts launched in turn.
+    host_expert={"bf16": 1.0e-3, "fp8": 1.0e-3},
+    host_layer=TRANSFORMER_ENGINE.host_layer,
+    host_stage=TRANSFORMER_ENGINE.host_stage,
+)
+"""This version of megatron_kanana: plain torch, experts one after another, SDPA."""
+
+IMPLEMENTATIONS = {each.name: each for each in (TORCH, TRANSFORMER_ENGINE, DEEPEP)}
+
+ORTHOGONALIZATION = {"h100": 0.87, "h200": 0.87, "b200": 0.41}
+"""Operations of plain Newton-Schulz a second over the bf16 peak. cards: orthogonalize_h100, 128 x
+(768 x 2048) in 4.34 ms (846 TFLOP/s of 989); other GPUs than Hopper take plain products, 8.98 ms
+on that card."""
+
+ORTHOGONALIZATION_LAUNCH = 1.0e-3
+"""Seconds to launch one batch of matrices of a shape. cards: a single small matrix takes 1 ms."""
+
+UPDATE_BYTES = {"adamw": 46.0, "muon": 60.0}
+"""Bytes moved for each parameter of a process's share, counted from the update's passes: gradient
+norm 4, clipping 8, copy to the model 6; AdamW's 28; Muon's momentum 14, update in 16 bits 12, step
+12, and 4 more for casts."""
+
+RESERVED_MEMORY = 0.06
+"""Share of a GPU's memory left for CUDA, NCCL's buffers and fragmentation: our choice."""

@@ -1,0 +1,285 @@
+"""Measured and published figures that predictions are compared with, each with its source.
+
+`SLICES` and `PUBLISHED` say what was run; `python -m tools.plan --errors` puts predictions beside
+them. What calibration has used is marked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_kanana.config.shipped import shipped_model
+
+from .architecture import Architecture
+from .calibration import DEEPEP, TORCH, TRANSFORMER_ENGINE, Implementation
+from .layer_times import Job
+from .layout import Layout
+from .machines import MACHINES, Machine
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One measured figure, and what it was measured on.
+
+    Attributes:
+        name: what was run.
+        quantity: 'peak memory' and 'activations' in GiB, 'passes' (forward and backward passes of
+            a step) and 'step' in seconds, 'throughput' in TFLOP/s of a GPU by the model's count.
+        measured: the figure; None where it has not been measured.
+        source: where it stands.
+        job: what was run.
+        optimizer: 'adamw' or 'muon'.
+        fp32_gradients: whether gradients were kept in fp32.
+        calibrated: the numbers of `calibration` and `machines` that were fitted to this figure.
+    """
+
+    name: str
+    quantity: str
+    measured: float | None
+    source: str
+    job: Job
+    optimizer: str = "adamw"
+    fp32_gradients: bool = True
+    calibrated: tuple[str, ...] = ()
+
+
+def one_gpu(machine: str) -> Machine:
+    """A GPU of the machines that the slices and the cards were measured on."""
+    return dataclasses.replace(MACHINES[machine], host_time=1.0)
+
+
+def slice_of_30b(
+    layers: int,
+    sequences: int,
+    *,
+    machine: str = "h200",
+    implementation: Implementation = TRANSFORMER_ENGINE,
+    fp8: bool = False,
+    microbatches: int = 1,
+    recompute: str = "none",
+) -> Job:
+    """The first layers of Kanana-2 30B with embedding and output layer, on one GPU.
+
+    Args:
+        sequences: of 4,096 tokens in a microbatch.
+    """
+    model = shipped_model("kanana_2_30b_a3b", f"model.num_layers={layers}")
+    layout = Layout(
+        *(1, 1, 1, 1, 1, 1),
+        counts_embeddings=False,
+        sequence_length=4096,
+        micro_batch_size=sequences,
+        global_batch_size=sequences * microbatches,
+        recompute=frozenset() if recompute == "none" else frozenset({recompute}),
+    )
+    return Job(Architecture.of(model), layout, one_gpu(machine), implementation, fp8)
+
+
+_PEERS = "peers: megatron-core 0.16.1 and Transformer Engine 2.11, one H200, 2026-11-23"
+_CARD = "benchmarks/results/optimizer_step_h100.json"
+_HOST = ("host_layer", "host_stage", "host_expert", "host_overlap")
+
+
+def _peer(
+    layers: int, sequences: int, quantity: str, measured: float, *, fp8: bool = False
+) -> Observation:
+    form = "fp8 blockwise" if fp8 else "bf16"
+    name = f"megatron-core + TE, {layers} layers, {sequences} x 4096, {form}"
+    calibrated = _HOST if quantity == "passes" else ()
+    job = slice_of_30b(layers, sequences, fp8=fp8)
+    return Observation(name, quantity, measured, _PEERS, job, calibrated=calibrated)
+
+
+SLICES: Sequence[Observation] = (
+    _peer(4, 2, "passes", 0.127),
+    _peer(4, 8, "passes", 0.256),
+    _peer(10, 2, "passes", 0.307),
+    _peer(10, 8, "passes", 0.516),
+    _peer(4, 2, "passes", 0.217, fp8=True),
+    _peer(4, 8, "passes", 0.287, fp8=True),
+    _peer(4, 2, "activations", 6.1),
+    _peer(4, 8, "activations", 22.8),
+    _peer(10, 2, "activations", 11.7),
+    _peer(10, 8, "activations", 45.2),
+)
+
+
+def _ours(
+    quantity: str,
+    measured: float | None,
+    optimizer: str,
+    *,
+    machine: str = "h100",
+    recompute: str = "none",
+    calibrated: tuple[str, ...] = (),
+) -> Observation:
+    word = "MuonClip" if optimizer == "muon" else "AdamW"
+    name = f"ours, 4 layers, 2 x 4096, bf16, recompute {recompute}, {word}, {machine.upper()}"
+    job = slice_of_30b(
+        *(4, 2),
+        machine=machine,
+        implementation=TORCH,
+        microbatches=32 if quantity == "passes" else 1,
+        recompute=recompute,
+    )
+    source = _CARD if measured is not None else "python -m benchmarks.planner_calibration"
+    return Observation(name, quantity, measured, source, job, optimizer, calibrated=calibrated)
+
+
+OURS: Sequence[Observation] = (
+    _ours("peak memory", 45.43, "muon"),
+    _ours("peak memory", 52.83, "adamw"),
+    _ours("passes", 14.34, "muon", calibrated=("host_expert of torch",)),
+    _ours("passes", 16.25, "adamw", calibrated=("host_expert of torch",)),
+    *(
+        _ours(quantity, None, "muon", machine="h200", recompute=recompute)
+        for recompute in ("none", "full")
+        for quantity in ("peak memory", "passes")
+    ),
+)
+
+DEEPSEEK_V3 = Architecture(
+    *(61, 3, 7168, 129280, 128, 192, 128, 18432, 256, 8, 2048, 2048),
+    kv_lora_rank=512,
+    q_lora_rank=1536,
+    rope_dim=64,
+)
+"""Technical report, section 4.2 (arXiv 2412.19437)."""
+KIMI_K2 = dataclasses.replace(
+    DEEPSEEK_V3, num_dense_layers=1, vocab_size=163840, num_heads=64, num_experts=384
+)
+"""arXiv 2507.20534, table 2."""
+QWEN3_30B = Architecture(
+    *(48, 0, 2048, 151936, 32, 128, 128, 0, 128, 8, 768, 0), num_key_value_heads=4
+)
+QWEN3_235B = Architecture(
+    *(94, 0, 4096, 151936, 64, 128, 128, 0, 128, 8, 1536, 0), num_key_value_heads=4
+)
+"""Their config.json on Hugging Face."""
+
+_BRIDGE = (
+    "Megatron-Bridge, performance summary, 25.09: 1024 GPUs, GBS 8192, TP2 PP8 VP4 EP64, 1,297"
+    " tokens/s; recompute, pipeline layout, multi-token prediction and overlap by"
+    " Megatron-MoE-ModelZoo, best_practice/DeepSeekV3"
+)
+_AUTOMODEL = (
+    "NeMo Automodel, performance summary, and examples/benchmark/configs for recompute, gate, FSDP"
+)
+_ZOO = "Megatron-MoE-ModelZoo, best_practice/Qwen3/readme.md"
+
+
+def _published(
+    name: str,
+    measured: float,
+    source: str,
+    architecture: Architecture,
+    layout: Layout,
+    *,
+    fp8: bool = False,
+    calibrated: tuple[str, ...] = (),
+) -> Observation:
+    job = Job(architecture, layout, MACHINES["h100"], DEEPEP, fp8)
+    return Observation(
+        name,
+        "throughput",
+        measured,
+        source,
+        job,
+        fp32_gradients=False,
+        calibrated=calibrated,
+    )
+
+
+def _megatron(
+    world: int, tensor: int, expert: int, batch: int, recompute: tuple[str, ...], *, overlaps: bool
+) -> Layout:
+    """A layout of PP8 VP4, embedding and output layer counted, one sequence a microbatch."""
+    return Layout(
+        *(world, tensor, 8, 4, expert, 1, True, 4096, 1, batch),
+        recompute=frozenset(recompute),
+        overlaps_dispatch=overlaps,
+    )
+
+
+def _automodel(
+    world: int, pipeline: int, virtual: int, expert: int, sequences: int, batch: int, flush: int
+) -> Layout:
+    """A layout with FSDP, everything computed again, and consecutive experts."""
+    return Layout(
+        *(world, 1, pipeline, virtual, expert, 1, False, 4096, sequences, batch),
+        recompute=frozenset({"full"}),
+        overlaps_gradients=True,
+        microbatches_per_flush=flush,
+        shards_weights=True,
+        consecutive_experts=True,
+    )
+
+
+PUBLISHED: Sequence[Observation] = (
+    _published(
+        "DeepSeek-V3, 1024 H100, TP2 PP8 VP4 EP64, fp8",
+        338,
+        _BRIDGE,
+        dataclasses.replace(DEEPSEEK_V3, num_mtp_layers=1, num_routing_nodes=4),
+        _megatron(1024, 2, 64, 8192, ("up_projections", "dense_feed_forward"), overlaps=True),
+        fp8=True,
+    ),
+    _published(
+        "Qwen3-30B-A3B, 8 H100, EP8 FSDP8, bf16",
+        277,
+        _AUTOMODEL,
+        QWEN3_30B,
+        _automodel(8, 1, 1, 8, 4, 512, 1),
+    ),
+    _published(
+        "Qwen3-235B, 256 H100, TP2 PP8 VP4 EP32, bf16, dispatch overlapped",
+        276,
+        _ZOO,
+        QWEN3_235B,
+        _megatron(256, 2, 32, 2048, ("norms", "activations"), overlaps=True),
+        calibrated=("dispatch_hidden",),
+    ),
+    _published(
+        "the same, not overlapped",
+        245,
+        _ZOO,
+        QWEN3_235B,
+        _megatron(256, 2, 32, 2048, ("norms", "activations"), overlaps=False),
+        calibrated=("dispatch_hidden",),
+    ),
+    _published(
+        "Qwen3-235B, 256 H100, TP4 PP8 VP4 EP8, bf16",
+        167,
+        _ZOO,
+        QWEN3_235B,
+        _megatron(256, 4, 8, 2048, (), overlaps=False),
+        calibrated=("host_time",),
+    ),
+    _published(
+        "DeepSeek-V3, 256 H100, PP4 VP8 EP64 FSDP64, bf16",
+        250,
+        _AUTOMODEL,
+        DEEPSEEK_V3,
+        _automodel(256, 4, 8, 64, 1, 512, 8),
+    ),
+    _published(
+        "DeepSeek-V3, 1024 H100, PP4 VP8 EP64 FSDP256, bf16",
+        216,
+        _AUTOMODEL,
+        DEEPSEEK_V3,
+        _automodel(1024, 4, 8, 64, 1, 8192, 8),
+    ),
+    _published(
+        "Kimi K2, 256 H100, PP8 VP4 EP32 FSDP32, bf16",
+        189,
+        _AUTOMODEL,
+        KIMI_K2,
+        _automodel(256, 8, 4, 32, 1, 512, 8),
+    ),
+)
+
+ALL: Sequence[Observation] = (*OURS, *SLICES, *PUBLISHED)
