@@ -1,10 +1,12 @@
 """Named changes to megatron-core and torch, each with its reason.
 
-Three lists: what megatron-core needs because there is no CUDA (`CPU_PATCHES`), what is broken in
-megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`), and what
-keeps files from running code (`SAFETY_PATCHES`). Nothing else in the project changes another
-package. `tests/parallel/test_patches.py` switches each of the first two off and shows that training
-still fails without it; `tests/unit/test_safe_loading.py` shows what the last one prevents.
+Four lists: what megatron-core needs because there is no CUDA (`CPU_PATCHES`), what is broken in
+megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`), what keeps
+files from running code (`SAFETY_PATCHES`), and what keeps processes from outliving the run
+(`PROCESS_PATCHES`). Nothing else in the project changes another package.
+`tests/parallel/test_patches.py` switches each of the first two off and shows that training still
+fails without it; `tests/unit/test_safe_loading.py` and `tests/faults/test_kills.py` show what the
+others prevent.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ def apply_patches(device: str, disabled: Collection[str] = ()) -> list[Patch]:
         *(CPU_PATCHES if device == "cpu" else ()),
         *NO_TRANSFORMER_ENGINE_PATCHES,
         *SAFETY_PATCHES,
+        *PROCESS_PATCHES,
     ]
     applied = [patch for patch in patches if patch.name not in disabled]
     for patch in applied:
@@ -211,6 +214,12 @@ def _checkpoint_metadata() -> None:
     reader.read_metadata = SafeFileSystemReader.read_metadata
 
 
+def _no_results_queue() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._get_write_results_queue = lambda: None
+
+
 CPU_PATCHES = (
     Patch(
         "current_device",
@@ -277,5 +286,14 @@ SAFETY_PATCHES = (
         "checkpoint_metadata",
         "torch reads the .metadata of a checkpoint with a pickle that runs any code",
         _checkpoint_metadata,
+    ),
+)
+
+PROCESS_PATCHES = (
+    Patch(
+        "no_results_queue",
+        "megatron-core starts a Python process for the results of its own checkpoint writers, which"
+        " are not used; a killed run would leave it behind",
+        _no_results_queue,
     ),
 )

@@ -84,6 +84,7 @@ class DisturbedRun:
         self._random = randomness
         self._killed_at = 0.0
         self._dead: set[int] = set()
+        self._sessions: list[int] = []
 
     def run(self) -> None:
         """Start, kill, start again, to the end of the run."""
@@ -110,6 +111,7 @@ class DisturbedRun:
                     if self._kill(plan, launcher):
                         plan = self._plan()
                 time.sleep(_POLL_SECONDS)
+            self._look_for_leftovers()
 
     def _start(self, log: int) -> subprocess.Popen[bytes]:
         self._launcher = subprocess.Popen(
@@ -120,6 +122,7 @@ class DisturbedRun:
             stderr=log,
             start_new_session=True,
         )
+        self._sessions.append(self._launcher.pid)
         return self._launcher
 
     def _end(self) -> None:
@@ -181,6 +184,17 @@ class DisturbedRun:
         states = [self._phase(rank) for rank in range(self._processes)]
         if all(state is not None and state[1] != "starting" for state in states):
             self.kills[-1].restart_seconds = time.monotonic() - self._killed_at
+
+    def _look_for_leftovers(self) -> None:
+        """The run is over: no process may be left of it, nor of those that were killed."""
+        time.sleep(0.5)
+        sessions = set(self._sessions)
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                status = path.read_text().rpartition(")")[2].split()
+                if int(status[3]) in sessions and status[0] != "Z":
+                    self.problems.append(f"process {path.parent.name} outlives the run")
+                    os.kill(int(path.parent.name), signal.SIGKILL)
 
     def _wait_for_orphans(self) -> None:
         """torchrun is dead: none of its processes may go on beside those of the next one."""
