@@ -95,7 +95,9 @@ class ClusterSettings:
         None, help="Python that runs the job; null is that of submit.py, in a container python3"
     )
     setup: list[str] = setting(
-        [], help="shell commands before the run, such as ['module load cuda/13.0']"
+        [],
+        help="shell commands before the run, such as ['module load cuda/13.0']",
+        several_lines=True,
     )
     variables: dict[str, str] = setting(
         {}, help="environment variables of the run, {NCCL_SOCKET_IFNAME: eth0}"

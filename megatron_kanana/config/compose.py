@@ -18,7 +18,7 @@ from .checks import check
 from .cluster_settings import ClusterSettings
 from .environment import Environment
 from .fields import build
-from .interpolations import check_interpolations, check_plain
+from .interpolations import check_interpolations, check_plain, texts
 from .problems import ConfigurationError, Problem
 from .schema import Settings
 
@@ -180,9 +180,10 @@ def _compose(
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose("config", overrides=[*choices, *search_path])
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra and OmegaConf meet some files with errors of any class
+        reason = str(error).strip() or "a file holds no settings"
         problems.append(
-            Problem("config groups", " ".join(choices), str(error), "mend the named YAML file")
+            Problem("config groups", " ".join(choices), reason, "mend the YAML file of a group")
         )
         return None
     return _apply(config, assignments, problems)
@@ -202,9 +203,7 @@ def _apply(
         container = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        raw = OmegaConf.to_container(config, resolve=False)
-        for part in key.split("."):
-            raw = raw[part] if isinstance(raw, dict) else raw
+        raw = dict(texts(OmegaConf.to_container(config, resolve=False))).get(key)
         reason = str(error).splitlines()[0]
         problems.append(Problem(key, raw, reason, "name an existing setting inside ${…}"))
         return None
@@ -222,14 +221,15 @@ def _parse(
     for word in overrides:
         try:
             (override,) = parser.parse_overrides([word])
-        except HydraException:
+        except (HydraException, ValueError, RecursionError):  # numbers too long, brackets too deep
             problems.append(
                 Problem(
                     "command line", word, "cannot be read", "write setting=value, or group=name"
                 )
             )
             continue
-        if override.is_sweep_override() or override.is_delete():
+        named = override.key_or_group and override.package is None
+        if not named or override.is_sweep_override() or override.is_delete():
             problems.append(
                 Problem("command line", word, "is not one value for one setting", "set one value")
             )
@@ -258,7 +258,7 @@ def _assign(config: DictConfig, override: Override, problems: list[Problem]) -> 
     key = override.key_or_group
     try:
         OmegaConf.update(config, key, override.value(), merge=True, force_add=True)
-    except (OmegaConfBaseException, TypeError, AttributeError):
+    except Exception:  # OmegaConf meets some names with errors of any class
         problems.append(
             Problem(key, override.value(), "no such setting exists", "see --print-config")
         )

@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 
 MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 """Bytes of one token by format code: uint8, int8, int16, int32, int64, float64, float32, uint16."""
@@ -29,17 +30,19 @@ def sequence_count(prefix: str) -> int:
         header = index.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise ValueError(f"{prefix}.idx is not the index of a dataset")
-        _, _, code, count, _ = HEADER.unpack(header)
+        _, version, code, count, _ = HEADER.unpack(header)
         if count == 0:
             raise ValueError(f"{prefix} has no documents")
+        if version != VERSION or code not in TOKEN_BYTES:
+            raise ValueError(f"{prefix}.idx is of version {version} and format {code}")
+        if HEADER.size + 12 * count > Path(f"{prefix}.idx").stat().st_size:
+            raise ValueError(f"{prefix}.idx is cut short")
         index.seek(HEADER.size + 4 * (count - 1))
         last_length = index.read(4)
         index.seek(HEADER.size + 4 * count + 8 * (count - 1))
         last_start = index.read(8)
-    if len(last_start) < 8:
-        raise ValueError(f"{prefix}.idx is cut short")
     (tokens,), (start,) = struct.unpack("<i", last_length), struct.unpack("<q", last_start)
-    expected = start + tokens * TOKEN_BYTES.get(code, 0)
+    expected = start + tokens * TOKEN_BYTES[code]
     size = Path(f"{prefix}.bin").stat().st_size
     if size != expected:
         raise ValueError(f"{prefix}.bin has {size} bytes, its index tells {expected}")

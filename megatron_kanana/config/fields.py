@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ def setting(
     above: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
+    several_lines: bool = False,
     fixed_by_checkpoint: bool = False,
 ) -> Any:
     """Declare one setting of a settings dataclass.
@@ -34,12 +36,14 @@ def setting(
         above: the value must be greater than this.
         maximum: largest allowed value.
         choices: allowed strings.
+        several_lines: whether text may have line breaks and tabs.
         fixed_by_checkpoint: whether weights saved with one value are useless with another.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "choices": choices}
     metadata = {
         "help": help,
         "fixed_by_checkpoint": fixed_by_checkpoint,
+        "several_lines": several_lines,
         **{key: value for key, value in limits.items() if value is not None},
     }
     if isinstance(default, type):
@@ -134,6 +138,8 @@ def _convert_mapping(
     if not isinstance(value, Mapping):
         problems.append(Problem(path, value, "is not a mapping", f"write {path}={{name: …}}"))
         return None
+    for name in value:
+        _check_characters(str(name), f"a name in {path}", {}, problems)
     return {
         str(name): _convert(hint, item, f"{path}.{name}", metadata, problems)
         for name, item in value.items()
@@ -143,6 +149,8 @@ def _convert_mapping(
 def _check_limits(
     value: Any, path: str, metadata: Mapping[str, Any], problems: list[Problem]
 ) -> None:
+    if isinstance(value, str):
+        _check_characters(value, path, metadata, problems)
     if (choices := metadata.get("choices")) and value not in choices:
         problems.append(
             Problem(path, value, "is not one of the choices", f"choose {' or '.join(choices)}")
@@ -158,3 +166,14 @@ def _check_limits(
             problems.append(
                 Problem(path, value, "is out of range", f"choose {words} {metadata[limit]}")
             )
+
+
+def _check_characters(
+    value: str, path: str, metadata: Mapping[str, Any], problems: list[Problem]
+) -> None:
+    """Text may stand in file names, scripts and messages, so it is one line that can be written."""
+    allowed = "\n\t" if metadata.get("several_lines") else ""
+    found = [each for each in value if unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp")]
+    if strange := [each for each in found if each not in allowed]:
+        reason = f"holds the character U+{ord(strange[0]):04X}"
+        problems.append(Problem(path, ascii(value), reason, "leave it out"))

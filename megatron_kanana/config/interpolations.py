@@ -17,7 +17,7 @@ ALLOWED_RESOLVERS = ("oc.env",)
 
 def check_interpolations(config: DictConfig) -> Iterator[Problem]:
     """No value calls a resolver but the allowed ones, whatever libraries have registered."""
-    for name, text in _texts(OmegaConf.to_container(config, resolve=False), ""):
+    for name, text in texts(OmegaConf.to_container(config, resolve=False)):
         try:
             called = _resolvers(parse(text)) if "${" in text else []
         except OmegaConfBaseException as error:
@@ -37,7 +37,7 @@ def check_interpolations(config: DictConfig) -> Iterator[Problem]:
 
 def check_plain(values: Any) -> Iterator[Problem]:
     """No value of a checkpoint's settings is an interpolation: they may be anyone's."""
-    for name, text in _texts(values, ""):
+    for name, text in texts(values):
         if "${" in text:
             yield Problem(
                 name,
@@ -47,16 +47,16 @@ def check_plain(values: Any) -> Iterator[Problem]:
             )
 
 
-def _texts(values: Any, name: str) -> Iterator[tuple[str, str]]:
+def texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Every text among nested values, with its dotted name."""
     if isinstance(values, str):
         yield name, values
     elif isinstance(values, dict):
         for key, value in values.items():
-            yield from _texts(value, f"{name}.{key}" if name else str(key))
+            yield from texts(value, f"{name}.{key}" if name else str(key))
     elif isinstance(values, list):
         for index, value in enumerate(values):
-            yield from _texts(value, f"{name}[{index}]")
+            yield from texts(value, f"{name}[{index}]")
 
 
 def _resolvers(tree: Any) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from .schema import Settings
+from .wording import one_line
 
 SETTINGS_FILE = "settings.yaml"
 """In each checkpoint's folder: the settings of the run that made it."""
@@ -38,8 +39,8 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / SETTINGS_FILE
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
-    except (UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ValueError(f"{path} holds no settings")
     return values

@@ -13,6 +13,8 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from .wording import one_line
+
 TOKENIZER_JSON = "tokenizer.json"
 HUGGING_FACE_FILES = (
     TOKENIZER_JSON,
@@ -49,7 +51,7 @@ def open_sentencepiece(path: Path) -> Any:
     """
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a SentencePiece model") from error
 
 
@@ -67,7 +69,8 @@ def open_hugging_face(folder: Path) -> tuple[tokenizers.Tokenizer, SpecialIds]:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
     except Exception as error:  # the library raises no narrower class
-        raise ValueError(f"{folder / TOKENIZER_JSON} cannot be read: {error}") from error
+        reason = one_line(error)
+        raise ValueError(f"{folder / TOKENIZER_JSON} cannot be read: {reason}") from error
     return tokenizer, _special_ids(folder, tokenizer)
 
 
@@ -100,8 +103,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object")
     return values
@@ -122,7 +125,9 @@ def _special_ids(folder: Path, tokenizer: tokenizers.Tokenizer) -> SpecialIds:
     stops = [*listed, *([] if eos is None else [eos])]
     if not stops:
         raise ValueError(f"{folder} names no end of a text; add eos_token to tokenizer_config.json")
-    if any(tokenizer.id_to_token(end) is None for end in stops):
+    if any(type(end) is not int or end not in range(2**32) for end in stops) or any(
+        tokenizer.id_to_token(end) is None for end in stops
+    ):
         raise ValueError(
             f"{folder / 'generation_config.json'} ends texts with unknown ids: {stops}"
         )

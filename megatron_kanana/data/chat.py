@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_kanana.config.saved import TOKENIZER_FOLDER
 from megatron_kanana.config.tokenizer_files import read_json
+from megatron_kanana.config.wording import one_line
 
 from .export_tokenizer import CHAT_TEMPLATE
 from .tokenizer import Tokenizer
@@ -66,6 +67,9 @@ class ChatTemplate:
 
     Args:
         tokenizer: of the model.
+
+    Raises:
+        ValueError: transformers cannot read the tokenizer's files.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -74,7 +78,14 @@ class ChatTemplate:
         self._own: Any = None
         self._default = CHAT_TEMPLATE.read_text(encoding="utf-8")
         if tokenizer.path.is_dir():
-            self._own = transformers.PreTrainedTokenizerFast.from_pretrained(str(tokenizer.path))
+            try:
+                self._own = transformers.PreTrainedTokenizerFast.from_pretrained(
+                    str(tokenizer.path)
+                )
+            except Exception as error:  # transformers meets some files with errors of any class
+                raise ValueError(
+                    f"transformers cannot read {tokenizer.path}: {one_line(error)}"
+                ) from error
             self._variables: dict[str, Any] = dict(self._own.special_tokens_map)
         else:
             self._variables = {"eos_token": tokenizer.name_of(tokenizer.eod)}
@@ -159,7 +170,6 @@ class ChatTemplate:
         thinking: bool | None,
         continued: bool,
     ) -> tuple[str, list[tuple[int, int]]]:
-        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options = {} if thinking is None else {"enable_thinking": thinking}
@@ -174,8 +184,10 @@ class ChatTemplate:
                 **self._variables,
                 **options,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template is another's program, in a sandbox
+            raise ValueError(
+                f"the chat template refuses the conversation: {one_line(error)}"
+            ) from error
         return texts[0], replies[0] if replies else []
 
 
@@ -215,8 +227,8 @@ def _read_list(path: Path, what: str) -> list[dict[str, Any]]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError(f"{path} is not a list of {what}")
     return values
@@ -255,7 +267,7 @@ def _checked_call(call: Any, place: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: arguments of {function['name']} are not JSON") from error
     if not isinstance(arguments, dict):
         raise ValueError(f"{place}: arguments of {function['name']} are not an object")

@@ -204,3 +204,5 @@ def _encode(record: _Record) -> tuple[_Record, _Result]:
         return record, _worker_encoder.encode(parse_conversation(record[2]))
     except ValueError as error:
         return record, (str(error), isinstance(error, TooLongError))
+    except RecursionError:
+        return record, ("its values are nested too deeply", False)

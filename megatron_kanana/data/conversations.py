@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_kanana.config.wording import one_line
+
 from .chat import Message, checked_message, tool_function
 
 
@@ -53,12 +55,17 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is no parquet file: {error}") from error
+        raise ValueError(f"{path} is no parquet file: {one_line(error)}") from error
     number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, json.dumps(_without_nulls(row), ensure_ascii=False).encode()
+    try:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, json.dumps(_without_nulls(row), ensure_ascii=False).encode()
+    except (OSError, pyarrow.ArrowException, UnicodeError) as error:
+        raise ValueError(
+            f"{path} is damaged after row {number} ({one_line(error)}); repair it or leave it out"
+        ) from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -98,8 +105,8 @@ def _parsed(record: bytes) -> dict[str, Any]:
         values = json.loads(record.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} of the line is not UTF-8") from error
-    except ValueError as error:
-        raise ValueError(f"the line is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the line is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the line is no JSON object, but {type(values).__name__}")
     return values
@@ -110,8 +117,8 @@ def _tools(tools: Any) -> dict[str, Any]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
-            raise ValueError(f"tools is text, but not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"tools is text, but not JSON: {one_line(error)}") from error
     if not isinstance(tools, list | None):
         raise ValueError("tools is not a list of schemas")
     by_name: dict[str, Any] = {}

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_kanana.config.dataset_files import HEADER, MAGIC
+from megatron_kanana.config.dataset_files import HEADER, MAGIC, VERSION
 
-VERSION = 1
 FORMAT_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 TWO_BYTE_VOCABULARY = 65500  # below it, megatron-core stores tokens in two bytes
 

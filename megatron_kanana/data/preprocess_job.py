@@ -116,7 +116,7 @@ def claim_folder(job: Job, tokenizer: Tokenizer, *, force: bool) -> None:
     settings = {**settings_of(job, tokenizer), "shard_bytes": job.shard_bytes}
     del settings["deduplicate"]  # comes after the shards
     if note.exists():
-        earlier = json.loads(note.read_text(encoding="utf-8"))
+        earlier = _read_json(note) or {}
         if earlier == settings:
             return
         differing = [key for key, value in settings.items() if earlier.get(key) != value]
@@ -137,7 +137,7 @@ def is_ready(job: Job, description: dict[str, Any]) -> bool:
     ready = job.partial / READY
     if not ready.exists():
         return False
-    if json.loads(ready.read_text(encoding="utf-8")) == description:
+    if _read_json(ready) == description:
         return True
     ready.unlink()
     for path in job.merged().values():
@@ -152,6 +152,15 @@ def mark_ready(job: Job, description: dict[str, Any]) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     _write_json(job.partial / READY, description)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file of this module's own; None if it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -189,19 +198,24 @@ def existing_manifest(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     """
     try:
         manifest = read_manifest(job)
-    except (OSError, ValueError):
-        raise ValueError(replaces(job)) from None
+        same = _is_of(job, tokenizer, manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # it is no manifest
+        same = False
+    if not same:
+        raise ValueError(replaces(job))
+    return manifest
+
+
+def _is_of(job: Job, tokenizer: Tokenizer, manifest: dict[str, Any]) -> bool:
+    """Whether this job would write the dataset of a manifest."""
     settings = settings_of(job, tokenizer)
     inputs = [(entry["path"], entry["size"], entry["sha256"]) for entry in manifest["inputs"]]
-    same = (
+    return (
         {key: manifest.get(key) for key in settings} == settings
         and [entry[:2] for entry in inputs] == [(str(p), p.stat().st_size) for p in job.inputs]
         and all(job.file(suffix).exists() for suffix in manifest["outputs"])
         and [entry[2] for entry in inputs] == [file_digest(path) for path in job.inputs]
     )
-    if not same:
-        raise ValueError(replaces(job))
-    return manifest
 
 
 def read_manifest(job: Job) -> dict[str, Any]:

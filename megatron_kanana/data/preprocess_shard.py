@@ -90,7 +90,7 @@ def read_counts(prefix: Path) -> ShardCounts | None:
     """What a shard held, or None if it is not whole."""
     try:
         return ShardCounts(**json.loads(shard_files(prefix)["json"].read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):  # not there, or damaged
         return None
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from megatron_kanana.config.wording import one_line
+
 from .text_shards import Shard, open_parquet
 
 EMPTY = "empty"
@@ -92,7 +94,7 @@ class ShardRecords:
                     yield _decoded(number, value) if value else Record(number, None, EMPTY, b"")
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(
-                f"{self._shard.path} is damaged ({error}); repair it or leave it out"
+                f"{self._shard.path} is damaged ({one_line(error)}); repair it or leave it out"
             ) from error
         self.lines = number
 

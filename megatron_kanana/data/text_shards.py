@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_kanana.config.wording import one_line
+
 SUFFIXES = {".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -98,7 +100,7 @@ def open_parquet(path: Path, text_key: str) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no parquet file: {error}") from error
+        raise ValueError(f"{path} is no parquet file: {one_line(error)}") from error
     schema = file.schema_arrow
     if text_key not in schema.names:
         raise ValueError(
@@ -139,7 +141,7 @@ def _cut_compressed(path: Path, kind: str, compression: str, max_bytes: int) -> 
                 data += _rest_of_record(file, kind) if data else b""
             except OSError as error:
                 raise ValueError(
-                    f"{path} is damaged or cut short after {start:,} bytes of text ({error});"
+                    f"{path} is damaged or cut short after {start:,} bytes of text ({one_line(error)});"
                     " repair it or leave it out"
                 ) from error
             if not data:

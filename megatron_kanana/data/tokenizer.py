@@ -104,10 +104,15 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.unused_ids: list[int] = []
         self.eod: int = self._processor.eos_id()
+        if self.eod < 0:
+            raise ValueError(f"{path} has no piece that ends a document (eos)")
         self.pad: int = self._processor.pad_id()
         self.stop_ids = frozenset([self.eod])
         ids = range(self.vocab_size)
-        control = [self.name_of(id) for id in ids if self._processor.is_control(id)]
+        try:
+            control = [self.name_of(id) for id in ids if self._processor.is_control(id)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is damaged: a control piece is not UTF-8") from error
         longest_first = sorted(control, key=len, reverse=True)
         self._control_names = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()

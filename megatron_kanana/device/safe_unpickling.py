@@ -9,11 +9,13 @@ files that are not trusted.
 from __future__ import annotations
 
 import collections
+import enum
+import gc
 import io
 import os
 import pickle
-from pathlib import PurePath
-from typing import Any
+from pathlib import PosixPath, PurePath
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
@@ -41,6 +43,8 @@ RECORDS: tuple[type, ...] = (
 _BUILT_IN: tuple[Any, ...] = (collections.OrderedDict, torch.Size, _get_layout)
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{(each.__module__, each.__qualname__): each for each in (*RECORDS, *_BUILT_IN)},
+    # The folder's name, where it was given as a path; its module depends on Python's version.
+    **{(module, "PosixPath"): PosixPath for module in ("pathlib", "pathlib._local")},
     **{("torch", name): value for name, value in vars(torch).items() if type(value) is torch.dtype},
 }
 
@@ -77,19 +81,21 @@ def load_metadata(stream: io.IOBase, name: str) -> Metadata:
 
     Raises:
         UnsafeFileError: it names code or files outside its folder, or is something else.
-        pickle.UnpicklingError, EOFError and others: it is damaged.
+        pickle.UnpicklingError: it is damaged.
     """
-    # A pickle may set attributes also of the classes that it names.
-    before = [dict(vars(record)) for record in RECORDS]
+    collected = gc.isenabled()
+    gc.disable()  # which takes most of the time over millions of small objects
     try:
-        description = _Unpickler(stream, name).load()
+        description = _Unpickler(io.BytesIO(stream.read()), name).load()
+    except (UnsafeFileError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle ends with errors of any class
+        reason = str(error) or type(error).__name__
+        raise pickle.UnpicklingError(f"{name} is damaged: {reason}") from None
     finally:
-        changed = [
-            _restore(record, content)
-            for record, content in zip(RECORDS, before, strict=True)
-            if dict(vars(record)) != content
-        ]
-    if changed or not isinstance(description, Metadata):
+        if collected:
+            gc.enable()
+    if not isinstance(description, Metadata):
         raise UnsafeFileError(f"{name} is not the description of a checkpoint{_REMEDY}")
     for place in (description.storage_data or {}).values():
         file = PurePath(place.relative_path)
@@ -108,11 +114,29 @@ def force_weights_only() -> None:
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
 
 
+_UNUSED_OPCODES = (
+    *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+    *(pickle.INST, pickle.OBJ, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+)
 _REMEDY = ": nothing of it was run. Load checkpoints that this project has written"
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.IOBase, name: str) -> None:
+_InPython: Any = pickle._Unpickler
+
+
+class _Unpickler(_InPython):
+    """The pickle of the standard library in Python, whose memory the file's size bounds.
+
+    That in C takes what a damaged number asks for.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        opcode: load
+        for opcode, load in _InPython.dispatch.items()
+        if bytes([opcode]) not in _UNUSED_OPCODES
+    }
+
+    def __init__(self, stream: io.BytesIO, name: str) -> None:
         super().__init__(stream)
         self._name = name
 
@@ -124,11 +148,10 @@ class _Unpickler(pickle.Unpickler):
                 f"{self._name} names {module}.{name}, which is no part of a checkpoint{_REMEDY}"
             ) from None
 
+    def load_build(self) -> None:
+        """Set attributes: of records alone, not of the classes that the file names."""
+        if not isinstance(self.stack[-2], RECORDS) or isinstance(self.stack[-2], enum.Enum):
+            raise UnsafeFileError(f"{self._name} changes what is no record{_REMEDY}")
+        super().load_build()
 
-def _restore(record: type, content: dict[str, Any]) -> type:
-    for name in set(vars(record)) - set(content):
-        delattr(record, name)
-    for name, value in content.items():
-        if vars(record).get(name) is not value:
-            setattr(record, name, value)
-    return record
+    dispatch[pickle.BUILD[0]] = load_build

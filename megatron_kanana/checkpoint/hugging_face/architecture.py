@@ -10,6 +10,7 @@ from typing import Any
 from megatron_kanana.config.compose import settings_of_model
 from megatron_kanana.config.problems import ConfigurationError
 from megatron_kanana.config.schema import ModelSettings, Settings
+from megatron_kanana.config.wording import one_line
 
 from .problems import ConversionError
 
@@ -77,8 +78,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConversionError(
             [f"{path} does not exist: give a folder with a Hugging Face model"]
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError([f"{path} is not JSON ({error}): download it again"]) from None
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(
+            [f"{path} is not JSON ({one_line(error)}): download it again"]
+        ) from None
     if not isinstance(config, dict):
         raise ConversionError([f"{path} holds no JSON object: download it again"])
     return config

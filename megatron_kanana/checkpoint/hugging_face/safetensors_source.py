@@ -131,10 +131,11 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if index_path.is_file():
         try:
             indexed = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            assert isinstance(indexed, dict)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AssertionError):
+            names = indexed.values()
+            assert all(isinstance(name, str) and Path(name).name == name for name in names)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError, AssertionError):
             raise ConversionError(
-                [f"{index_path} holds no weight_map: download it again"]
+                [f"{index_path} holds no weight_map of files beside it: download it again"]
             ) from None
         return [folder / name for name in sorted(set(indexed.values()))], indexed
     if single.is_file():
