@@ -15,7 +15,7 @@ import logging
 import sys
 
 from megatron_kanana.config import ConfigurationError, detect_environment, load_settings, tell
-from megatron_kanana.config.exit_status import STOPPED
+from megatron_kanana.config.exit_status import CANNOT_SAVE, STOPPED
 from megatron_kanana.config.help import settings_help
 
 
@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     where = device.prepare_device(settings, environment)
     device.initialize_process_groups(settings, where)
 
+    from megatron_kanana.checkpoint.verification import CheckpointError
+    from megatron_kanana.checkpoint.writer import SaveError
     from megatron_kanana.device.safe_unpickling import UnsafeFileError
     from megatron_kanana.training.interruption import Interruption
     from megatron_kanana.training.loop import train
@@ -49,15 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     run = build_run(settings, where)
     try:
         restore(run)
-    except UnsafeFileError as error:
-        return tell(error, environment.rank)
-    with Interruption(where.torch_device) as interruption:
-        try:
+        with Interruption(where.torch_device) as interruption:
             train(run, interruption)
-        except (ConfigurationError, UnsafeFileError) as error:  # found in the data, read by then
-            return tell(error, environment.rank)
-        except RunStoppedError as error:
-            return tell(error, environment.rank, STOPPED)
+    except (ConfigurationError, CheckpointError, UnsafeFileError) as error:  # in what is read
+        return tell(error, environment.rank)
+    except SaveError as error:
+        return tell(error, environment.rank, CANNOT_SAVE)
+    except RunStoppedError as error:
+        return tell(error, environment.rank, STOPPED)
     device.destroy_process_groups()
     return interruption.exit_status
 

@@ -69,7 +69,7 @@ def run_to_megatron(options: argparse.Namespace) -> int:
 
 def run_to_hf(options: argparse.Namespace) -> int:
     """to-hf."""
-    model = open_megatron(options.megatron)
+    model = open_megatron(options.megatron, verify=options.verify)
     dtype = DTYPES.get(options.dtype)
     total = sum(
         (dtype or model.dtype(place)).itemsize * torch.Size(place.shape).numel()
@@ -96,7 +96,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     """verify."""
-    megatron = open_megatron(options.megatron)
+    megatron = open_megatron(options.megatron, verify=options.verify)
     mtp = "keep" if megatron.settings.num_mtp_layers else "drop"
     hugging_face = open_hugging_face(options.hf, mtp)
     with byte_progress("comparing", hugging_face.num_bytes) as on_bytes:
@@ -129,6 +129,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "help": "replace OUT, once the new one is whole",
     }
 
+    verify: dict[str, Any] = {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "compare the checkpoint's files with their checksums first",
+    }
+
     command = commands.add_parser("to-megatron", help="Hugging Face folder -> checkpoint")
     command.set_defaults(run=run_to_megatron)
     command.add_argument("--hf", **hf)
@@ -143,6 +149,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
     command.set_defaults(run=run_to_hf)
     command.add_argument("--megatron", **megatron)
+    command.add_argument("--verify", **verify)
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--force", **force)
     command.add_argument(
@@ -160,6 +167,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command.set_defaults(run=run_verify, out=None)
     command.add_argument("--hf", **hf)
     command.add_argument("--megatron", **megatron)
+    command.add_argument("--verify", **verify)
     return parser.parse_args(arguments)
 
 

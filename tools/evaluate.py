@@ -31,7 +31,7 @@ from megatron_kanana.config import (
     detect_environment,
     tell,
 )
-from megatron_kanana.config.checkpoint_settings import checkpoint_settings
+from megatron_kanana.config.saved_model import settings_of_saved_model
 from megatron_kanana.data.held_out import HeldOutText, read_held_out
 from megatron_kanana.data.tokenizer import load_tokenizer
 
@@ -50,7 +50,7 @@ def main() -> int:
     if options.sequence_length is not None:
         batches.append(f"data.sequence_length={options.sequence_length}")
     try:
-        settings = checkpoint_settings(
+        settings = settings_of_saved_model(
             options.checkpoint, [*batches, *options.overrides], environment
         )
         where = device.prepare_device(settings, environment)
@@ -60,14 +60,16 @@ def main() -> int:
     device.initialize_process_groups(settings, where)
 
     from megatron_kanana.checkpoint.state import load_model
+    from megatron_kanana.checkpoint.verification import CheckpointError, ensure_whole
     from megatron_kanana.device.safe_unpickling import UnsafeFileError
     from megatron_kanana.training.perplexity import held_out_loss
     from megatron_kanana.training.run import build_bare_model
 
     model = build_bare_model(settings, where)
     try:
+        ensure_whole(options.checkpoint, contents=settings.checkpoint.verify)
         load_model(model.chunks, options.checkpoint)
-    except UnsafeFileError as error:
+    except (CheckpointError, UnsafeFileError) as error:
         return tell(error, environment.rank)
     losses: dict[str, HeldOutLoss] = {}
     quiet = environment.rank != 0 or not sys.stderr.isatty()

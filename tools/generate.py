@@ -27,7 +27,7 @@ from megatron_kanana.config import (
     detect_environment,
     tell,
 )
-from megatron_kanana.config.checkpoint_settings import checkpoint_settings
+from megatron_kanana.config.saved_model import settings_of_saved_model
 from megatron_kanana.data.chat import Message, read_messages, read_tools, render_chat
 from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,7 +40,7 @@ def main() -> int:
     options = parse_arguments()
     environment = detect_environment()
     try:
-        settings = checkpoint_settings(options.checkpoint, options.overrides, environment)
+        settings = settings_of_saved_model(options.checkpoint, options.overrides, environment)
         assert settings.data.tokenizer is not None
         tokenizer = load_tokenizer(settings.data.tokenizer)
         prompt = prompt_tokens(options, tokenizer)
@@ -62,6 +62,7 @@ def run(
     device.initialize_process_groups(settings, where)
 
     from megatron_kanana.checkpoint.state import load_model
+    from megatron_kanana.checkpoint.verification import CheckpointError, ensure_whole
     from megatron_kanana.device.safe_unpickling import UnsafeFileError
     from megatron_kanana.training.generation import generate
     from megatron_kanana.training.run import build_bare_model
@@ -69,8 +70,9 @@ def run(
 
     model = build_bare_model(settings, where)
     try:
+        ensure_whole(options.checkpoint, contents=settings.checkpoint.verify)
         load_model(model.chunks, options.checkpoint)
-    except UnsafeFileError as error:
+    except (CheckpointError, UnsafeFileError) as error:
         return tell(error, environment.rank)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     start = time.monotonic()

@@ -24,10 +24,10 @@ from megatron_kanana.config import (
     tell,
 )
 from megatron_kanana.config.batch_sizes import samples_of_steps
-from megatron_kanana.config.checkpoint_settings import ONE_PROCESS
 from megatron_kanana.config.ledger import read_ledger
 from megatron_kanana.config.mixture import mixture, sources
 from megatron_kanana.config.saved import goes_on
+from megatron_kanana.config.saved_model import ONE_PROCESS
 
 
 def main(arguments: list[str] | None = None) -> int:

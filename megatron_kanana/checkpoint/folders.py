@@ -1,7 +1,8 @@
-"""Checkpoint folders: when one becomes whole, and which may go.
+"""Checkpoint folders: when one becomes whole, which may go, and which are put aside.
 
 A checkpoint is written under `step_00000100.partial` and renamed to `step_00000100` once every
-rank has written its part, so a name without `.partial` is a whole checkpoint.
+rank has written its part and the manifest is on disk, so a name without `.partial` was a whole
+checkpoint when it was given.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from megatron_kanana.config.manifest import sync
 from megatron_kanana.config.saved import whole_path, whole_steps
+
+ABANDONED = "abandoned"
+"""What follows the name of a checkpoint that the run has gone back behind, after a dot."""
 
 
 def partial_path(directory: Path, step: int) -> Path:
@@ -18,8 +23,9 @@ def partial_path(directory: Path, step: int) -> Path:
 
 
 def publish(directory: Path, step: int) -> None:
-    """Give a finished checkpoint its name."""
+    """Give a finished checkpoint its name, for good."""
     partial_path(directory, step).rename(whole_path(directory, step))
+    sync(directory)
 
 
 def discard_old(directory: Path, keep_last: int, keep_every: int) -> list[int]:
@@ -39,3 +45,30 @@ def discard_old(directory: Path, keep_last: int, keep_every: int) -> list[int]:
         whole_path(directory, step).rename(doomed)
         shutil.rmtree(doomed)
     return old
+
+
+def discard_partial(directory: Path) -> None:
+    """Delete what interrupted saves and deletions have left, as far as that can be."""
+    for partial in directory.glob("step_*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path, why: str) -> Path:
+    """Rename a checkpoint so that it is not used, and its step can be saved again.
+
+    Args:
+        checkpoint: its folder.
+        why: one word, which follows the name.
+
+    Returns:
+        its new folder.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    target = checkpoint.with_name(f"{checkpoint.name}.{why}")
+    number = 2
+    while target.exists():
+        target = checkpoint.with_name(f"{checkpoint.name}.{why}.{number}")
+        number += 1
+    return checkpoint.rename(target)

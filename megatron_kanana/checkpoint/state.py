@@ -86,7 +86,17 @@ def load(run: Run, path: Path) -> None:
     same_layout = saved_layout == _layout(run.settings)
     if same_layout:
         wanted["random"] = _sharded_random_state()
-    state = load_sharded(wanted, path)
+    put_back(run, load_sharded(wanted, path), same_layout=same_layout)
+
+
+def put_back(run: Run, state: dict[str, Any], *, same_layout: bool) -> None:
+    """Take what was loaded into the run; every process must call this.
+
+    Args:
+        run: as it was built, or at another step.
+        state: what `saved_state` had, as plain tensors and values.
+        same_layout: whether it holds the random state of this process.
+    """
     _load_model(run.chunks, state)
     optimizer_state.load(run.optimizer, state["optimizer"], state["optimizer_step"])
     if run.weight_average is not None:

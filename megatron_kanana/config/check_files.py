@@ -15,8 +15,13 @@ from .problems import Problem
 from .saved import (
     SETTINGS_FILE,
     checkpoint_to_start_from,
+    damaged_folders,
+    glance,
+    goes_on,
     newest_checkpoint,
     read_settings,
+    whole_path,
+    whole_steps,
 )
 from .schema import Settings
 from .tokenizer_files import hugging_face_size, sentencepiece_size
@@ -89,23 +94,33 @@ def check_tokenizer(path: str, vocab_size: int) -> Iterator[Problem]:
 def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[Problem]:
     """Checkpoints can be found, fit the model, and can be written where they should go."""
     checkpoint = settings.checkpoint
-    if checkpoint.load is not None and not (Path(checkpoint.load) / SETTINGS_FILE).is_file():
+    newest = newest_checkpoint(settings.checkpoint_dir)
+    if checkpoint.load is not None and (damages := glance(Path(checkpoint.load))):
         yield Problem(
             "checkpoint.load",
             checkpoint.load,
-            "is not a whole checkpoint",
-            f"name a step_… folder that holds {SETTINGS_FILE}",
+            f"is not a whole checkpoint: {'; '.join(map(str, damages))}",
+            f"name a step_… folder that holds {SETTINGS_FILE} and all the rest",
         )
-    elif not checkpoint.resume and (newest := newest_checkpoint(settings.checkpoint_dir)):
+    elif not checkpoint.resume and newest:
         yield Problem(
             "checkpoint.resume",
             "false",
             f"this run has a checkpoint already: {newest}",
             "choose another run_name to start anew, or checkpoint.resume=true to go on",
         )
-    else:
-        yield from check_saved_model(settings)
-        yield from check_position(settings)
+    elif newest is None and (lost := lost_checkpoints(settings)):
+        yield Problem(
+            "checkpoint.directory",
+            settings.checkpoint_dir,
+            f"none of the run's checkpoints is whole: {'; '.join(lost)}",
+            "put a copy of one of them back; or start from another checkpoint with"
+            " checkpoint.load, or anew, under another run_name",
+        )
+    elif path := newest or checkpoint_to_start_from(settings):
+        yield from check_saved_model(settings, path)
+        if goes_on(settings):
+            yield from check_position(settings, path)
     yield from check_expert_bias(settings)
     if checkpoint.load is None and checkpoint.load_what != "everything":
         yield Problem(
@@ -128,6 +143,7 @@ def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[P
             f"is not a multiple of checkpoint.save_interval = {checkpoint.save_interval}",
             "choose a multiple of it",
         )
+    yield from check_saving(settings)
     for name, folder in (
         ("output_dir", settings.run_dir),
         ("checkpoint.directory", settings.checkpoint_dir),
@@ -141,11 +157,46 @@ def check_checkpoint(settings: Settings, environment: Environment) -> Iterator[P
             yield Problem(name, folder, f"{existing} cannot be written to", "name another folder")
 
 
-def check_saved_model(settings: Settings) -> Iterator[Problem]:
-    """The checkpoint that the run would start from holds this model."""
-    path = checkpoint_to_start_from(settings)
-    if path is None:
-        return
+def lost_checkpoints(settings: Settings) -> list[str]:
+    """Checkpoints of a run that has no other, each with what is wrong with it."""
+    if settings.checkpoint.local_directory is not None:  # where a newer one may be whole
+        return []
+    directory = Path(settings.checkpoint_dir)
+    paths = [whole_path(directory, step) for step in whole_steps(directory)]
+    damaged = [f"{path.name} {glance(path)[0]}" for path in paths]
+    return damaged + [f"{path.name} was put aside" for path in damaged_folders(directory)]
+
+
+def check_saving(settings: Settings) -> Iterator[Problem]:
+    """Settings of saving that need one another are set together."""
+    checkpoint = settings.checkpoint
+    if (checkpoint.local_directory is None) != (checkpoint.local_save_interval == 0):
+        yield Problem(
+            "checkpoint.local_directory, checkpoint.local_save_interval",
+            f"{checkpoint.local_directory or 'null'}, {checkpoint.local_save_interval}",
+            "one has no meaning without the other",
+            "set both, or leave them at null and 0",
+        )
+    elif checkpoint.local_directory is not None:
+        local, shared = Path(checkpoint.local_directory), Path(settings.checkpoint_dir)
+        if shared.absolute() in (local.absolute(), *local.absolute().parents):
+            yield Problem(
+                "checkpoint.local_directory",
+                checkpoint.local_directory,
+                "lies in the folder of the run's checkpoints",
+                "name a folder on a disk of the node",
+            )
+    if checkpoint.save_time_limit is not None and not checkpoint.asynchronous:
+        yield Problem(
+            "checkpoint.save_time_limit",
+            checkpoint.save_time_limit,
+            "only a checkpoint that is written in the background can be given up",
+            "set checkpoint.asynchronous=true, or checkpoint.save_time_limit=null",
+        )
+
+
+def check_saved_model(settings: Settings, path: Path) -> Iterator[Problem]:
+    """The checkpoint at `path` holds this model."""
     now = dataclasses.asdict(settings.model)
     # A checkpoint made before a setting existed was made with its default.
     defaults = {

@@ -13,7 +13,6 @@ from .dataset_files import sequence_count, tokens_before, training_sequences
 from .ledger import read_ledger
 from .mixture import BUILTIN_WEIGHTS, entry_paths, source_name, sources, tokens_by_source
 from .problems import Problem
-from .saved import checkpoint_to_start_from, goes_on
 from .schema import Settings
 
 
@@ -170,10 +169,9 @@ def check_evaluation_sets(settings: Settings) -> Iterator[Problem]:
             )
 
 
-def check_position(settings: Settings) -> Iterator[Problem]:
-    """A run goes on where its checkpoint stopped in every source."""
-    path = checkpoint_to_start_from(settings)
-    if path is None or not goes_on(settings) or (ledger := read_ledger(path)) is None:
+def check_position(settings: Settings, path: Path) -> Iterator[Problem]:
+    """A run goes on where the checkpoint at `path` stopped in every source."""
+    if (ledger := read_ledger(path)) is None:
         return
     data = settings.data
     if any(_check_weights(data)):  # told already; such weights give no place in the data

@@ -1,72 +1,70 @@
-"""Settings to look at the model of a checkpoint: generation and evaluation."""
+"""Settings of checkpoints: saving, keeping, verifying, loading."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-from .compose import saved_settings
-from .environment import Environment
-from .problems import ConfigurationError, Problem
-from .saved import SETTINGS_FILE, checkpoint_tokenizer, read_settings
-from .schema import Settings
-
-ONE_PROCESS = (
-    "parallel.tensor_parallel_size=1",
-    "parallel.pipeline_parallel_size=1",
-    "parallel.virtual_pipeline_stages=1",
-    "parallel.embeddings_count_as_layers=false",
-    "parallel.expert_parallel_size=1",
-    "parallel.expert_tensor_parallel_size=1",
-)
+from .fields import setting
 
 
-def checkpoint_settings(
-    checkpoint: Path, overrides: Sequence[str], environment: Environment
-) -> Settings:
-    """The settings a checkpoint was made with, for its weights alone, in a layout of its own.
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """Saving, keeping, verifying and loading."""
 
-    The layout is one process unless `overrides` say otherwise; its tokenizer is the checkpoint's.
-    The run's data, checkpoints and folders play no part, nor do layers for multi-token prediction.
-
-    Args:
-        checkpoint: folder of the checkpoint.
-        overrides: words such as `parallel.tensor_parallel_size=2` or `device=cpu`.
-        environment: the machine and the launch to check against.
-
-    Raises:
-        ConfigurationError: with all the problems found.
-    """
-    try:
-        saved = read_settings(checkpoint)
-        tokenizer = checkpoint_tokenizer(checkpoint)
-    except OSError as error:
-        remedy = f"name a step_… folder that holds {SETTINGS_FILE} and a tokenizer"
-        problem = Problem("checkpoint", checkpoint, f"is not a whole checkpoint ({error})", remedy)
-        raise ConfigurationError([problem]) from error
-    folder = tempfile.gettempdir()  # nothing is written there
-    unused = (
-        "model.num_mtp_layers=0",
-        "data.blend=[]",
-        "data.blend_changes=[]",
-        "data.evaluation_sets=[]",
-        "data.conversations=[]",
-        "data.held_out_conversations=[]",
-        f"data.cache_dir='{folder}'",
-        f"output_dir='{folder}'",
-        "checkpoint.directory=null",
-        "checkpoint.load=null",
-        "checkpoint.load_what=everything",
-        "checkpoint.reset_expert_bias=false",
-        "checkpoint.resume=true",
-        "schedule.evaluation_interval=0",
-        f"schedule.global_batch_size={environment.world_size}",
-        "schedule.batch_size_changes=[]",
-        "schedule.micro_batch_size=1",
+    directory: str | None = setting(
+        None, help="where checkpoints go; null is 'checkpoints' in the run's folder"
     )
-    return saved_settings(
-        saved,
-        [*ONE_PROCESS, *unused, f"data.tokenizer='{tokenizer}'", *overrides],
-        environment,
+    save_interval: int = setting(
+        0, help="steps between checkpoints; 0 saves only at the end", minimum=0
+    )
+    keep_last: int = setting(2, help="newest checkpoints kept", minimum=1)
+    keep_every: int = setting(
+        0, help="checkpoints at multiples of this step are kept for good; 0 keeps none", minimum=0
+    )
+    asynchronous: bool = setting(True, help="write while training goes on")
+    on_save_failure: str = setting(
+        "continue",
+        help="what follows a checkpoint that cannot be saved: continue trains on and saves at the"
+        " next interval, up to max_failed_saves in a row; stop ends the run. A failure at the end"
+        " of a run ends it with status 74 in either case",
+        choices=("continue", "stop"),
+    )
+    max_failed_saves: int = setting(
+        3, help="checkpoints in a row that may fail before the run stops", minimum=1
+    )
+    save_time_limit: float | None = setting(
+        None,
+        help="minutes after which a checkpoint written in the background counts as failed; null"
+        " waits for ever",
+        above=0.0,
+    )
+    local_directory: str | None = setting(
+        None,
+        help="folder on a disk of each node, where every process keeps its own state beside the"
+        " checkpoints, for quick restarts of the same processes; null keeps none",
+    )
+    local_save_interval: int = setting(0, help="steps between those; 0 saves none there", minimum=0)
+    verify: bool = setting(
+        True,
+        help="compare every file of a checkpoint with its checksum before anything is loaded;"
+        " false looks at sizes alone",
+    )
+    resume: bool = setting(
+        True,
+        help="go on from this run's newest whole checkpoint; false refuses to, if there is one",
+    )
+    load: str | None = setting(
+        None, help="checkpoint to start from when this run has none of its own"
+    )
+    load_what: str = setting(
+        "everything",
+        help="what is taken of checkpoint.load: everything goes on where it was; weights, or"
+        " weights_and_optimizer with the optimizer's moments, begin a run of its own at step 0",
+        choices=("everything", "weights", "weights_and_optimizer"),
+    )
+    reset_expert_bias: bool = setting(
+        False,
+        help="a run that begins at step 0 with a checkpoint's weights sets the biases that balance"
+        " the experts to zero; model.expert_bias_update_rate=0 then freezes them there"
+        " (arXiv 2608.20061)",
     )

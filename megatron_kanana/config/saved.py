@@ -9,6 +9,14 @@ from typing import Any
 
 import yaml
 
+from .manifest import (
+    MANIFEST_FILE,
+    TEXT_FILES,
+    Damage,
+    DamagedManifestError,
+    damage_of,
+    read_manifest,
+)
 from .schema import Settings
 from .wording import one_line
 
@@ -16,6 +24,9 @@ SETTINGS_FILE = "settings.yaml"
 """In each checkpoint's folder: the settings of the run that made it."""
 
 _NAME = re.compile(r"step_(\d{8,})")
+
+DAMAGED = "damaged"
+"""What follows the name of a checkpoint that was found damaged, after a dot."""
 
 TOKENIZER_FILE = "tokenizer.model"
 TOKENIZER_FOLDER = "tokenizer"
@@ -81,9 +92,47 @@ def whole_steps(directory: Path) -> list[int]:
 
 
 def newest_checkpoint(directory: str) -> Path | None:
-    """Newest whole checkpoint in `directory`; while one is written its name ends in `.partial`."""
+    """Newest checkpoint in `directory` at which a glance finds nothing wrong.
+
+    While one is written its name ends in `.partial`.
+    """
     whole = (whole_path(Path(directory), step) for step in reversed(whole_steps(Path(directory))))
-    return next((path for path in whole if (path / SETTINGS_FILE).is_file()), None)
+    return next((path for path in whole if not glance(path)), None)
+
+
+def glance(checkpoint: Path) -> list[Damage]:
+    """What is wrong with a checkpoint, as far as its manifest and its small files show.
+
+    The others are verified before they are loaded (`checkpoint/verification.py`).
+    """
+    try:
+        entries = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return _damage_without_manifest(checkpoint)
+    except DamagedManifestError as error:
+        return [Damage(MANIFEST_FILE, str(error))]
+    small = {name: entry for name, entry in entries.items() if TEXT_FILES.fullmatch(name)}
+    found = [damage_of(checkpoint, name, entry) for name, entry in small.items()]
+    return [damage for damage in found if damage]
+
+
+def _damage_without_manifest(checkpoint: Path) -> list[Damage]:
+    """What is wrong with a folder that has none, as whole ones of earlier versions have."""
+    try:
+        settings = read_settings(checkpoint)
+    except OSError as error:
+        return [Damage(SETTINGS_FILE, f"cannot be read ({error.strerror})")]
+    except ValueError as error:
+        return [Damage(SETTINGS_FILE, f"cannot be read ({error})")]
+    if "verify" in settings.get("checkpoint", {}):  # from when on every checkpoint has a manifest
+        return [Damage(MANIFEST_FILE, "is missing")]
+    parts = (".metadata", "metadata.json", "common.pt")
+    return [Damage(name, "is missing") for name in parts if not (checkpoint / name).is_file()]
+
+
+def damaged_folders(directory: Path) -> list[Path]:
+    """Checkpoints that were found damaged and put aside."""
+    return sorted(directory.glob(f"step_*.{DAMAGED}*")) if directory.is_dir() else []
 
 
 def checkpoint_to_start_from(settings: Settings) -> Path | None:

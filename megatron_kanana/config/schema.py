@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from .checkpoint_settings import CheckpointSettings
 from .cluster_settings import ClusterSettings
 from .data_settings import DataSettings
 from .fields import setting
@@ -293,42 +294,6 @@ class ScheduleSettings:
         0, help="steps between evaluations on held-out text; 0 never evaluates", minimum=0
     )
     evaluation_batches: int = setting(4, help="global batches of one evaluation", minimum=1)
-
-
-@dataclass(kw_only=True)
-class CheckpointSettings:
-    """Saving, keeping and loading."""
-
-    directory: str | None = setting(
-        None, help="where checkpoints go; null is 'checkpoints' in the run's folder"
-    )
-    save_interval: int = setting(
-        0, help="steps between checkpoints; 0 saves only at the end", minimum=0
-    )
-    keep_last: int = setting(2, help="newest checkpoints kept", minimum=1)
-    keep_every: int = setting(
-        0, help="checkpoints at multiples of this step are kept for good; 0 keeps none", minimum=0
-    )
-    asynchronous: bool = setting(True, help="write while training goes on")
-    resume: bool = setting(
-        True,
-        help="go on from this run's newest whole checkpoint; false refuses to, if there is one",
-    )
-    load: str | None = setting(
-        None, help="checkpoint to start from when this run has none of its own"
-    )
-    load_what: str = setting(
-        "everything",
-        help="what is taken of checkpoint.load: everything goes on where it was; weights, or"
-        " weights_and_optimizer with the optimizer's moments, begin a run of its own at step 0",
-        choices=("everything", "weights", "weights_and_optimizer"),
-    )
-    reset_expert_bias: bool = setting(
-        False,
-        help="a run that begins at step 0 with a checkpoint's weights sets the biases that balance"
-        " the experts to zero; model.expert_bias_update_rate=0 then freezes them there"
-        " (arXiv 2608.20061)",
-    )
 
 
 @dataclass(kw_only=True)

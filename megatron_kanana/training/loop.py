@@ -65,8 +65,7 @@ def train(run: Run, interruption: Interruption) -> None:
         if interval and (run.step % interval == 0 or run.step == schedule.steps):
             evaluate_and_record(run, evaluation_data, sets, recorder)
             pace.go_on()
-        if settings.checkpoint.save_interval and run.step % settings.checkpoint.save_interval == 0:
-            writer.save(run)
+        if writer.save_if_due(run):
             pace.go_on()
         writer.poll()
         if run.step < last_step and interruption.agreed():
@@ -83,8 +82,7 @@ def train(run: Run, interruption: Interruption) -> None:
 
 def checkpoint_writer(run: Run) -> CheckpointWriter:
     """A writer of the run's checkpoints; every process must call this."""
-    settings = run.settings
-    return CheckpointWriter(Path(settings.checkpoint_dir), settings.checkpoint)
+    return CheckpointWriter(run.settings, run.device.torch_device)
 
 
 class Pace:

@@ -13,16 +13,19 @@ from megatron.core.num_microbatches_calculator import init_num_microbatches_calc
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_kanana.checkpoint import state as checkpoint_state
+from megatron_kanana.checkpoint.local_tier import load_part
+from megatron_kanana.checkpoint.newest import newest_whole
+from megatron_kanana.checkpoint.verification import ensure_whole
 from megatron_kanana.config import (
     ConfigurationError,
     Problem,
     Settings,
-    checkpoint_to_start_from,
 )
 from megatron_kanana.config.batch_sizes import global_batch_size, samples_of_steps
+from megatron_kanana.config.check_files import check_saved_model
+from megatron_kanana.config.check_mixture import check_position
 from megatron_kanana.config.ledger import Ledger, SampleRange, read_ledger
 from megatron_kanana.config.mixture import mixture, sources, tokens_by_source
-from megatron_kanana.config.saved import goes_on
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
 from megatron_kanana.data.held_out import HeldOutText, read_held_out
 from megatron_kanana.data.loader import MicrobatchSampler, microbatches
@@ -227,27 +230,57 @@ def _prepare_builtin(settings: Settings) -> BuiltinData:
     return builtin
 
 
-def restore(run: Run) -> Path | None:
-    """Load the newest whole checkpoint of the run, else `checkpoint.load`; returns its folder."""
-    path = checkpoint_to_start_from(run.settings)
-    if path is None:
+def restore(run: Run, up_to_step: int | None = None) -> Path | None:
+    """Load the newest whole checkpoint of the run, else `checkpoint.load`; returns its folder.
+
+    May be called again in the middle of a run, when no checkpoint is being written. Every process
+    must call this.
+
+    Args:
+        run: as it was built, or at a later step.
+        up_to_step: do not go on from later ones, and put them aside.
+
+    Raises:
+        CheckpointError: no checkpoint of the run is whole, or `checkpoint.load` is not.
+        ConfigurationError: the one that is whole does not fit the settings.
+    """
+    settings = run.settings
+    found = newest_whole(settings, up_to_step)
+    if found is not None:
+        problems = [*check_saved_model(settings, found.path), *check_position(settings, found.path)]
+        if problems:
+            raise ConfigurationError(problems)
+        _go_on(run, found.path, local=found.local)
+        return found.path
+    if settings.checkpoint.load is None:
         return None
-    _load(run, path)
-    if run.step == 0 and run.settings.checkpoint.reset_expert_bias:
+    path = Path(settings.checkpoint.load)
+    ensure_whole(path, contents=settings.checkpoint.verify)
+    if settings.checkpoint.load_what == "everything":
+        _go_on(run, path, local=False)
+    else:
+        _begin_with(run, path)
+    if run.step == 0 and settings.checkpoint.reset_expert_bias:
         reset_expert_bias(run.chunks)
     return path
 
 
-def _load(run: Run, path: Path) -> None:
-    """Take from a checkpoint what the settings ask for."""
+def _go_on(run: Run, path: Path, *, local: bool) -> None:
+    """Take everything from a checkpoint, or from this rank's part in the local tier."""
     ledger = read_ledger(path)
-    if goes_on(run.settings):
+    if local:
+        load_part(run, path)
+    else:
         checkpoint_state.load(run, path)
-        run.earlier_tokens = ledger.earlier_tokens if ledger else {}
-        run.skipped_samples = list(ledger.skipped_samples) if ledger else []
-        repeat_rollback(run)
-        logger.info("loaded %s: step %d, %d samples", path, run.step, run.consumed_samples)
-        return
+    run.earlier_tokens = ledger.earlier_tokens if ledger else {}
+    run.skipped_samples = list(ledger.skipped_samples) if ledger else []
+    repeat_rollback(run)
+    logger.info("loaded %s: step %d, %d samples", path, run.step, run.consumed_samples)
+
+
+def _begin_with(run: Run, path: Path) -> None:
+    """Take the weights of a checkpoint, and the optimizer's moments if the settings say so."""
+    ledger = read_ledger(path)
     with_optimizer = run.settings.checkpoint.load_what == "weights_and_optimizer"
     checkpoint_state.load_for_new_run(run, path, with_optimizer=with_optimizer)
     run.earlier_tokens = ledger.all_tokens if ledger else {}

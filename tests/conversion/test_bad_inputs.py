@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_kanana.config.manifest import seal
 from tests.conversion.folders import CONFIG, Tensors, random_tensors, write_folder
 from tests.launch import ROOT
 from tools.convert_checkpoint import main
@@ -318,8 +319,26 @@ def test_bad_checkpoint_is_refused(
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
     assert main(["to-megatron", "--hf", str(source), "--out", str(checkpoint)]) == 0
     damage(checkpoint)
+    seal(checkpoint)  # as if it had been made like this
     assert message in refused(capsys, "to-hf", "--megatron", checkpoint, "--out", out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["to-hf", "verify"])
+def test_checkpoint_that_differs_from_its_checksums_is_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, checkpoint = write_folder(tmp_path / "source", random_tensors()), tmp_path / "out"
+    assert main(["to-megatron", "--hf", str(source), "--out", str(checkpoint)]) == 0
+    path = checkpoint / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    other = ("--out", tmp_path / "new") if command == "to-hf" else ("--hf", source)
+    said = refused(capsys, command, "--megatron", checkpoint, *other)
+    assert "__0_0.distcp has another content than what was saved" in said
+    arguments = [command, "--no-verify", "--megatron", str(checkpoint), *map(str, other)]
+    assert main(arguments) == (0 if command == "to-hf" else 1)
 
 
 def test_changed_numbers_are_told_by_verify(

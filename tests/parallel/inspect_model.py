@@ -17,7 +17,7 @@ import torch
 
 from megatron_kanana import device
 from megatron_kanana.config import detect_environment
-from megatron_kanana.config.checkpoint_settings import checkpoint_settings
+from megatron_kanana.config.saved_model import settings_of_saved_model
 from megatron_kanana.data.held_out import read_held_out
 
 PROMPT_LENGTHS = (1, 2, 37, 600)
@@ -40,7 +40,7 @@ def inspect(checkpoint: Path, text: Path, output: Path, overrides: list[str]) ->
     """Everything the tests want to know of one layout."""
     environment = detect_environment()
     context = f"data.sequence_length={CONTEXT}"
-    settings = checkpoint_settings(checkpoint, ["device=cpu", context, *overrides], environment)
+    settings = settings_of_saved_model(checkpoint, ["device=cpu", context, *overrides], environment)
     where = device.prepare_device(settings, environment)
     device.initialize_process_groups(settings, where)
 

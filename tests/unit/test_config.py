@@ -24,6 +24,7 @@ from megatron_kanana.config.compose import CONFIG_DIR, GROUPS, available_choices
 from megatron_kanana.config.data_settings import DataSettings
 from megatron_kanana.config.fields import build
 from megatron_kanana.config.help import settings_help
+from megatron_kanana.config.manifest import seal
 from megatron_kanana.config.mixture import mixture
 from megatron_kanana.config.problems import Problem
 from tests.launch import CONFIG_DIR as TEST_CONFIG_DIR
@@ -36,6 +37,9 @@ PROCESSES = {
     "experts_in_node": 8,
     "kanana_2_155b_proxy": 64,
     "kanana_2_155b_a17b": 256,
+    "kanana_2_155b_midtraining": 256,
+    "kanana_2_155b_long_context": 256,
+    "kanana_2_155b_sft": 64,
     "h200_256": 256,
     "h200_512": 512,
     "h200_1024": 1024,
@@ -179,9 +183,12 @@ def test_a_run_starts_from_its_newest_whole_checkpoint_before_any_other(tmp_path
     other.mkdir()
     for checkpoint in (folder / "step_00000005", folder / "step_00000200.partial", other):
         write_settings(checkpoint, fresh)
+        seal(checkpoint)
     loading = load_settings([*words, f"checkpoint.load={other}"], TWO)
     assert checkpoint_to_start_from(loading) == folder / "step_00000005"
     write_settings(folder / "step_00000100", fresh)
+    assert checkpoint_to_start_from(loading) == folder / "step_00000005"
+    seal(folder / "step_00000100")
     assert checkpoint_to_start_from(loading) == folder / "step_00000100"
     with pytest.raises(ConfigurationError, match="choose another run_name to start anew"):
         load_settings([*words, "checkpoint.resume=false"], TWO)

@@ -22,6 +22,7 @@ from megatron_kanana.config import (
     write_settings,
 )
 from megatron_kanana.config.ledger import Ledger, write_ledger
+from megatron_kanana.config.manifest import seal
 from megatron_kanana.config.saved import SETTINGS_FILE
 from tests.hugging_face_tokenizers import save_byte_level_tokenizer
 from tests.launch import run_python
@@ -70,6 +71,13 @@ def folder(tmp_path: Path, tokenizers: Path) -> Path:
     write_ledger(tmp_path / "step_00000007", Ledger(100, 128, tokens, {}))
     oldest = tmp_path / "step_00000006" / SETTINGS_FILE
     oldest.write_text(re.sub(r"  \w*mtp\w*: .*\n", "", oldest.read_text()))
+    for checkpoint in tmp_path.glob("step_*"):
+        seal(checkpoint)
+    (tmp_path / "step_00000005").mkdir()
+    (tmp_path / "step_00000005" / SETTINGS_FILE).write_text("model: [half")
+    lost = tmp_path / "lost" / "checkpoints" / "step_00000003"
+    shutil.copytree(tmp_path / "step_00000007", lost)
+    (lost / "manifest.json").unlink()
     return tmp_path
 
 

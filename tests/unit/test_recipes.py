@@ -14,9 +14,10 @@ from megatron_kanana.config import (
     write_settings,
 )
 from megatron_kanana.config.batch_sizes import samples_of_steps
-from megatron_kanana.config.checkpoint_settings import checkpoint_settings
 from megatron_kanana.config.environment import TESTED_MEGATRON_CORE
+from megatron_kanana.config.manifest import seal
 from megatron_kanana.config.mixture import tokens_by_source
+from megatron_kanana.config.saved_model import settings_of_saved_model
 from tests.hugging_face_tokenizers import save_byte_level_tokenizer
 
 EXPERIMENT = "experiment=kanana_2_155b_a17b"
@@ -142,7 +143,10 @@ def test_layout_the_cluster_would_refuse_is_refused_with_a_remedy(name: str) -> 
 def test_checkpoint_of_the_recipe_can_be_looked_at_on_one_process(tmp_path: Path) -> None:
     write_settings(tmp_path, load(512, EXPERIMENT, "parallel=h200_512"))
     save_byte_level_tokenizer(tmp_path / "tokenizer", ["some text"], 300)
+    seal(tmp_path)
     environment = Environment(megatron_core_version=TESTED_MEGATRON_CORE[0])
-    settings = checkpoint_settings(tmp_path, ["device=cpu", "precision.compute=fp32"], environment)
+    settings = settings_of_saved_model(
+        tmp_path, ["device=cpu", "precision.compute=fp32"], environment
+    )
     assert settings.parallel.pipeline_parallel_size == 1
     assert settings.model.num_layers == 62

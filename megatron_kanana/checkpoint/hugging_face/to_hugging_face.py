@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_kanana.checkpoint.torch_dist_blocks import BlockReader
+from megatron_kanana.checkpoint.verification import verify_alone
 from megatron_kanana.config import read_settings
 from megatron_kanana.config.fields import build
 from megatron_kanana.config.problems import Problem
@@ -73,8 +74,12 @@ class MegatronModel:
         return weight.view(placement.shape)
 
 
-def open_megatron(folder: Path) -> MegatronModel:
-    """Look at a checkpoint and check all of it but the numbers.
+def open_megatron(folder: Path, *, verify: bool = False) -> MegatronModel:
+    """Look at a checkpoint and check all of it.
+
+    Args:
+        folder: of the checkpoint.
+        verify: compare every file with its checksum; else their sizes alone.
 
     Raises:
         ConversionError: with everything that cannot be taken.
@@ -88,6 +93,8 @@ def open_megatron(folder: Path) -> MegatronModel:
         ) from None
     except ValueError as error:
         raise ConversionError([f"{error}: give another checkpoint"]) from None
+    if damages := verify_alone(folder, contents=verify):
+        raise ConversionError([f"{folder}: {damage}" for damage in damages])
     problems: list[Problem] = []
     model = build(ModelSettings, saved["model"], problems, "model.")
     if model is None:

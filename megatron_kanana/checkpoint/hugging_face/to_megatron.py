@@ -12,6 +12,7 @@ import torch
 
 from megatron_kanana.checkpoint.torch_dist_blocks import Block, BlockWriter
 from megatron_kanana.config import Settings, write_settings
+from megatron_kanana.config.manifest import files_in, sync_files, write_manifest
 
 from .architecture import CONFIG_FILE, model_settings, read_config
 from .groups import group_by_size
@@ -204,6 +205,8 @@ def to_megatron(
     writer.finish(places)
     keep_text_files(model.folder, work.path)
     write_settings(work.path, model.settings)
+    names = [name for name in files_in(work.path) if not work.is_note(name)]
+    write_manifest(work.path, sync_files(work.path, names))
     work.publish()
 
 

@@ -66,6 +66,10 @@ class WorkFolder:
         path = self.path / JOURNAL_FOLDER / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
+    def is_note(self, name: str) -> bool:
+        """Whether a file of the folder, by its name, belongs to the journal, not to the result."""
+        return name == IDENTITY_FILE or name.startswith(f"{JOURNAL_FOLDER}/")
+
     def publish(self) -> None:
         """Give the whole folder its name; an older one is deleted only after that."""
         shutil.rmtree(self.path / JOURNAL_FOLDER)

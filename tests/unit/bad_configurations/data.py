@@ -248,6 +248,41 @@ DATA = {
     "checkpoint that is not whole": Bad(
         ("checkpoint.load={tmp}",), "checkpoint.load", "", "name a step_… folder"
     ),
+    "checkpoint with damaged settings": Bad(
+        ("checkpoint.load={tmp}/step_00000005",),
+        "checkpoint.load",
+        "step_00000005",
+        "name a step_… folder",
+    ),
+    "no whole checkpoint left": Bad(
+        ("output_dir={tmp}", "run_name=lost"),
+        "checkpoint.directory",
+        "lost/checkpoints",
+        "put a copy of one of them back",
+    ),
+    "local tier without a folder": Bad(
+        ("checkpoint.local_save_interval=5",),
+        "checkpoint.local_directory, checkpoint.local_save_interval",
+        "null, 5",
+        "set both",
+    ),
+    "local tier among the checkpoints": Bad(
+        (
+            "output_dir={tmp}",
+            "run_name=new",
+            "checkpoint.local_directory={tmp}/new/checkpoints/local",
+            "checkpoint.local_save_interval=5",
+        ),
+        "checkpoint.local_directory",
+        "new/checkpoints/local",
+        "name a folder on a disk of the node",
+    ),
+    "time limit of what holds up training": Bad(
+        ("checkpoint.save_time_limit=5", "checkpoint.asynchronous=false"),
+        "checkpoint.save_time_limit",
+        "5.0",
+        "set checkpoint.asynchronous=true",
+    ),
     "unknown part of a checkpoint": Bad(
         ("checkpoint.load={tmp}/step_00000007", "checkpoint.load_what=moments"),
         "checkpoint.load_what",
