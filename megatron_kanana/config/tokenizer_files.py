@@ -49,6 +49,8 @@ def open_sentencepiece(path: Path) -> Any:
     Raises:
         ValueError: the file is not one.
     """
+    if not path.is_file():  # reading from a pipe or a device would not end
+        raise ValueError(f"{path} is not a file")
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError, ValueError) as error:
