@@ -38,7 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_kanana import device
 
     where = device.prepare_device(settings, environment)
-    device.initialize_process_groups(settings, where)
 
     from megatron_kanana.checkpoint.verification import CheckpointError
     from megatron_kanana.checkpoint.writer import SaveError
@@ -47,12 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_kanana.training.loop import train
     from megatron_kanana.training.rollback import RunStoppedError
     from megatron_kanana.training.run import build_run, restore
+    from megatron_kanana.training.watchdog import Watchdog
 
-    run = build_run(settings, where)
     try:
-        restore(run)
-        with Interruption(where.torch_device) as interruption:
-            train(run, interruption)
+        with (
+            Interruption(settings.watchdog.time_limit) as interruption,
+            Watchdog(settings, environment) as watchdog,
+        ):
+            device.initialize_process_groups(settings, where)
+            run = build_run(settings, where)
+            restore(run)
+            train(run, interruption, watchdog)
     except (ConfigurationError, CheckpointError, UnsafeFileError) as error:  # in what is read
         return tell(error, environment.rank)
     except SaveError as error:

@@ -14,7 +14,14 @@ from pathlib import Path
 import jinja2
 
 from megatron_kanana.config import Settings
-from megatron_kanana.config.exit_status import SAVED_FOR_ANOTHER_START, SAVED_FOR_GOOD
+from megatron_kanana.config.check_cluster import time_limit_seconds
+from megatron_kanana.config.exit_status import (
+    END_TIME,
+    HUNG,
+    SAVED_FOR_ANOTHER_START,
+    SAVED_FOR_GOOD,
+)
+from megatron_kanana.config.watchdog_settings import HANGS
 
 from .record import PROJECT
 
@@ -81,6 +88,12 @@ def render(
         arguments=arguments,
         chain=chain,
         requeue=cluster.requeue,
+        restarts=cluster.restarts,
+        end_time=END_TIME,
+        time_limit_seconds=time_limit_seconds(cluster.time_limit),
+        checkpoints=Path(settings.checkpoint_dir).absolute(),
+        hangs=Path(settings.run_dir).absolute() / HANGS,
+        hung_status=HUNG,
         saved_for_another_start=SAVED_FOR_ANOTHER_START,
         saved_for_good=SAVED_FOR_GOOD,
     )

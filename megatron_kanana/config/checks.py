@@ -13,6 +13,7 @@ from .check_cluster import check_cluster
 from .check_files import check_checkpoint, check_data
 from .check_layout import check_model, check_sharding, check_world
 from .check_order import check_growing_tokens
+from .check_watchdog import check_watchdog
 from .environment import (
     TESTED_MEGATRON_CORE,
     Environment,
@@ -43,6 +44,7 @@ def check(
         check_optimizer,
         check_transfer,
         check_cluster,
+        check_watchdog,
     ]
     if with_files:
         subjects += [check_data, check_checkpoint]

@@ -61,6 +61,12 @@ class ClusterSettings:
         help="torchrun is one task a node, which starts its processes; srun is one task a process",
         choices=("torchrun", "srun"),
     )
+    restarts: int = setting(
+        3,
+        help="times the processes start again inside a job after one of them died or the watchdog"
+        " ended them; by torchrun, not by srun",
+        minimum=0,
+    )
     partition: str | None = setting(None, help="SLURM partition; null is the cluster's default")
     account: str | None = setting(None, help="SLURM account; null is the user's default")
     time_limit: str = setting(

@@ -36,3 +36,6 @@ START = "MEGATRON_KANANA_START"
 
 LAUNCH_TIME = "MEGATRON_KANANA_LAUNCH_TIME"
 """Environment variable: when the launch began, in seconds since 1970, its restarts included."""
+
+END_TIME = "MEGATRON_KANANA_END_TIME"
+"""Environment variable: when the job's time is over, in seconds since 1970; of the batch script."""

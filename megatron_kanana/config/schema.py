@@ -13,6 +13,7 @@ from .cluster_settings import ClusterSettings
 from .data_settings import DataSettings
 from .fields import setting
 from .guard_settings import GuardSettings
+from .watchdog_settings import WatchdogSettings
 
 architecture = partial(setting, fixed_by_checkpoint=True)
 
@@ -351,6 +352,9 @@ class Settings:
     checkpoint: CheckpointSettings = setting(help="saving and loading")
     logging: LoggingSettings = setting(help="what a person sees")
     kernels: KernelSettings = setting(help="implementation of our operations")
+    watchdog: WatchdogSettings = setting(
+        WatchdogSettings, help="runs that stand still, slow processes, the end of time"
+    )
     guards: GuardSettings = setting(GuardSettings, help="steps whose numbers cannot be right")
     cluster: ClusterSettings = setting(ClusterSettings, help="where tools/submit.py starts it")
 

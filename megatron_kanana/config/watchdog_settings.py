@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from .fields import setting
 
+HANGS = "hangs"
+"""In the run's folder: what the watchdog found, in a folder for each start that it ended."""
+
 
 @dataclass(kw_only=True)
 class WatchdogSettings:

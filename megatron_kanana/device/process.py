@@ -23,7 +23,7 @@ from .patches import apply_patches
 logger = logging.getLogger(__name__)
 
 TIMEOUT = datetime.timedelta(minutes=30)
-"""After which a process gives up waiting for others, where the watchdog has not ended the run."""
+"""After which a process gives up waiting for others, at the earliest."""
 
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,7 +88,9 @@ def initialize_process_groups(settings: Settings, device: Device) -> None:
 
     # Without device_id, each NCCL group takes GPU memory when it is first used, and the many groups
     # of megatron-core that a layout never uses take none.
-    dist.init_process_group("nccl" if device.is_cuda else "gloo", timeout=TIMEOUT, **_meeting())
+    # The watchdog, which knows more, is to speak first.
+    timeout = max(TIMEOUT, datetime.timedelta(seconds=1.2 * settings.watchdog.long_timeout))
+    dist.init_process_group("nccl" if device.is_cuda else "gloo", timeout=timeout, **_meeting())
     lay_over_processes(settings)
     parallel = settings.parallel
     world_size = dist.get_world_size()
@@ -132,8 +134,13 @@ def _meeting() -> dict[str, Any]:
     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
     # torchrun keeps its store over restarts; what processes before these wrote there, such as the
     # addresses they listened at, must not be taken for what these write.
-    start = os.environ.get(START) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": PrefixStore(f"start_{start}", store), "rank": rank, "world_size": world_size}
+    of_start = PrefixStore(f"start_{start_name()}", store)
+    return {"store": of_start, "rank": rank, "world_size": world_size}
+
+
+def start_name() -> str:
+    """Another text for each start of the run's processes, the same for all of them."""
+    return os.environ.get(START) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def destroy_process_groups() -> None:

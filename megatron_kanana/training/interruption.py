@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
+import time
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
 from megatron_kanana.config.exit_status import SAVED_FOR_ANOTHER_START, SAVED_FOR_GOOD
+
+from .deadline import Deadline
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +24,18 @@ EXIT_STATUS = {signal.SIGUSR1: SAVED_FOR_ANOTHER_START, signal.SIGTERM: SAVED_FO
 class Interruption:
     """Notes SIGUSR1 and SIGTERM from the beginning of a `with` block to its end.
 
+    Until `listen` there is nothing to save, and a signal ends the process at once.
+
     Args:
-        device: where the processes' notes are brought together.
+        time_limit: `watchdog.time_limit`; its approach counts as SIGUSR1.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, time_limit: str | None = None) -> None:
+        self._time_limit = time_limit
+        self._deadline: Deadline | None = None
+        self._device: torch.device | None = None
         self._noted = 0
+        self._noted_at = 0.0
         self._before: dict[signal.Signals, object] = {}
         self._agreed = 0
 
@@ -43,22 +53,50 @@ class Interruption:
         for each, handler in self._before.items():
             signal.signal(each, handler)  # type: ignore[arg-type]
 
+    def listen(self, device: torch.device) -> None:
+        """Training begins; `agreed` is asked after each step from now on.
+
+        Args:
+            device: where the processes' notes are brought together.
+        """
+        self._device = device
+        self._deadline = Deadline(self._time_limit)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._device is None:
+            name = signal.Signals(number).name
+            print(f"{name} during start-up: leaving at once", file=sys.stderr, flush=True)
+            os._exit(EXIT_STATUS[signal.Signals(number)])
+        if not self._noted:
+            self._noted_at = time.monotonic()
         self._noted = max(self._noted, number)
 
-    def agreed(self) -> bool:
-        """Whether any process has been signalled; every process must ask after each step.
+    def agreed(self, save_seconds: float | None = None) -> bool:
+        """Whether any process has been signalled, or the time is nearly over.
 
-        A signal reaches the processes at different moments, during different steps. The largest
-        note of all of them is the same everywhere.
+        Every process must ask after each step. A signal reaches the processes at different moments,
+        during different steps. The largest note of all of them is the same everywhere.
+
+        Args:
+            save_seconds: longest time that a checkpoint took so far; None before the first one.
         """
-        note = torch.tensor(self._noted, device=self._device)
+        assert self._device is not None and self._deadline is not None
+        near = self._deadline.has_come(save_seconds)
+        noted = self._noted or (signal.SIGUSR1 if near else 0)
+        note = torch.tensor(noted, device=self._device)
         dist.all_reduce(note, dist.ReduceOp.MAX)
         self._agreed = int(note)
         if self._agreed:
             name = signal.Signals(self._agreed).name
-            logger.info("%s: saving, then leaving before the end", name)
+            why = "the time limit is near" if near and not self._noted else name
+            logger.info("%s: saving, then leaving before the end", why)
         return bool(self._agreed)
+
+    def saved(self) -> None:
+        """All is saved: tell how long that took since the signal."""
+        if self._noted:
+            seconds = time.monotonic() - self._noted_at
+            logger.info("saved %.1f s after the signal", seconds)
 
     @property
     def exit_status(self) -> int:

@@ -27,11 +27,13 @@ from .rollback import stop_or_go_back
 from .run import Run, evaluation_sets, training_data
 from .sampling import Sampling
 from .step import StepResult, train_step
+from .stragglers import Stragglers
+from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def train(run: Run, interruption: Interruption) -> None:
+def train(run: Run, interruption: Interruption, watchdog: Watchdog) -> None:
     """Train from `run.step` to the end of the schedule, to `stop_after_step`, or to a signal."""
     settings = run.settings
     schedule = settings.schedule
@@ -49,11 +51,15 @@ def train(run: Run, interruption: Interruption) -> None:
     iterators, evaluation_data = training_data(run)
     sets = evaluation_sets(settings, run.tokenizer) if schedule.evaluation_interval else {}
     pace = Pace(run)
+    stragglers = Stragglers(settings.watchdog, watchdog.own_time, run.device.torch_device)
+    interruption.listen(run.device.torch_device)
     while run.step < last_step:
+        watchdog.enter_step(run.step + 1)
         result = train_step(run, iterators)
         for trouble in result.troubles:
             record_trouble(run, trouble, recorder)
         if result.ends_here:
+            watchdog.enter("going back to a checkpoint")
             stop_or_go_back(run, result.troubles, writer, recorder)
             writer = checkpoint_writer(run)
             iterators, evaluation_data = training_data(run)
@@ -61,18 +67,23 @@ def train(run: Run, interruption: Interruption) -> None:
             continue
         if result.applied and (run.step % settings.logging.interval == 0 or run.step == last_step):
             measure_and_record(run, result, pace, recorder)
+        stragglers.step_done(run.step, recorder)
         interval = schedule.evaluation_interval
         if interval and (run.step % interval == 0 or run.step == schedule.steps):
-            evaluate_and_record(run, evaluation_data, sets, recorder)
+            with watchdog.longer("evaluation"):
+                evaluate_and_record(run, evaluation_data, sets, recorder)
             pace.go_on()
-        if writer.save_if_due(run):
-            pace.go_on()
+        with watchdog.longer("checkpoint"):
+            if writer.save_if_due(run):
+                pace.go_on()
         writer.poll()
-        if run.step < last_step and interruption.agreed():
+        if run.step < last_step and interruption.agreed(writer.longest_save_seconds):
             break
+    watchdog.enter("the end of the run")
     if not nothing_to_train:
         writer.save(run)
     writer.finish()
+    interruption.saved()
     if run.step == schedule.steps and settings.logging.report:
         _report(run, recorder)
     if recorder is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ class Recorder:
         self._write({"step": step, "tokens": tokens, **record})
         self._scalars(step, scalars)
         self.say(message)
+
+    def record_own_times(
+        self, step: int, seconds: Sequence[float], slow: Sequence[int], hosts: Mapping[int, str]
+    ) -> None:
+        """Write each process's own time of a step, in seconds, and which ones are slow."""
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        figures = {
+            "own_seconds_median": statistics.median(seconds),
+            "own_seconds_longest": seconds[slowest],
+        }
+        named = {str(rank): hosts[rank] for rank in slow}
+        self._write({"step": step, **figures, "slowest_rank": slowest, "slow_ranks": named})
+        self._scalars(step, {f"processes/{name}": value for name, value in figures.items()})
 
     def say(self, message: str) -> None:
         """Print a line above the progress line."""

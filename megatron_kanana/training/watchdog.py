@@ -31,6 +31,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from megatron_kanana.config import Environment, Settings
 from megatron_kanana.config.exit_status import HUNG
+from megatron_kanana.config.watchdog_settings import HANGS
 from megatron_kanana.device.process import start_name
 
 from .processes import Place, kill, state_of, this_place
@@ -38,9 +39,6 @@ from .standstill import Operation, Report, culprits, current_operation, describe
 from .stragglers import OwnTime
 
 logger = logging.getLogger(__name__)
-
-HANGS = "hangs"
-"""In the run's folder: a folder for each alarm."""
 
 SAMPLE_SECONDS = 0.1
 _SHORTEST_BEAT, _LONGEST_BEAT = 0.2, 10.0

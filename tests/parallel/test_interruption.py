@@ -56,7 +56,8 @@ def test_all_leave_with_the_status_of_the_signal_that_any_process_got(
 
     monkeypatch.setattr(dist, "all_reduce", with_another_process)
     before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
-    with Interruption(torch.device("cpu")) as interruption:
+    with Interruption() as interruption:
+        interruption.listen(torch.device("cpu"))
         for number in sent:
             os.kill(os.getpid(), number)
         assert interruption.agreed() == (status != 0)

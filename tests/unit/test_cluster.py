@@ -171,7 +171,8 @@ def test_local_script_runs_the_job_and_passes_its_status_on(tmp_path: Path) -> N
     assert finished.returncode == SAVED_FOR_ANOTHER_START
     recorded, launched = (tmp_path / "told").read_text().splitlines()
     assert recorded.startswith("-m megatron_kanana.cluster.record")
-    assert launched.startswith(f"-m {LAUNCH} --standalone --nproc-per-node=2 -m megatron_kanana")
+    options = "--standalone --nproc-per-node=2 --max-restarts=3"
+    assert launched.startswith(f"-m {LAUNCH} {options} -m megatron_kanana")
 
 
 LAUNCH = "megatron_kanana.cluster.launch"
