@@ -51,6 +51,7 @@ def prepare(
     *,
     chain: int = 1,
     starts: bool = True,
+    with_files: bool = True,
 ) -> Submission:
     """Check the whole configuration for the launch it asks for, and make the script's text.
 
@@ -60,6 +61,7 @@ def prepare(
         command: what was typed.
         chain: jobs to submit.
         starts: whether the run is to be started from here, and not looked at only.
+        with_files: whether files that the settings name must be there.
 
     Raises:
         ConfigurationError: with all the problems found.
@@ -69,7 +71,7 @@ def prepare(
     environment = launch_environment(cluster, detect_environment())
     problems = list(check_submission(cluster, overrides, chain=chain, starts=starts))
     try:
-        settings = load_settings(overrides, environment, config_dir)
+        settings = load_settings(overrides, environment, config_dir, with_files=with_files)
     except ConfigurationError as error:
         raise ConfigurationError([*error.problems, *problems]) from error
     if problems:
