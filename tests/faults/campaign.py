@@ -179,6 +179,7 @@ _WORDS = {
     "step": "a step",
     "saving": "the part of a save that training waits for",
     "background": "a save in the background",
+    "evaluation": "an evaluation",
     "ending": "the last save",
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_kanana.config.saved import whole_steps
 from tests.faults.train_observed import read_state
 from tests.launch import ROOT
 
@@ -21,6 +22,9 @@ DELAYS = {"starting": 2.0, "step": 0.2, "saving": 0.1, "background": 0.03}
 
 VICTIMS = {"rank": 80, "all ranks": 8, "torchrun": 7, "writer": 5}
 """Whom a kill hits, in percent. A writer is the process of a save in the background."""
+
+MOST_STEPS = 5
+"""Steps from the newest checkpoint to the next kill, at most."""
 
 _POLL_SECONDS = 0.002
 _LIMIT_SECONDS = 900.0
@@ -84,6 +88,7 @@ class DisturbedRun:
         self._random = randomness
         self._killed_at = 0.0
         self._dead: set[int] = set()
+        self._not_before = 0
         self._sessions: list[int] = []
 
     def run(self) -> None:
@@ -137,6 +142,11 @@ class DisturbedRun:
             phases.remove("starting")  # nothing starts again
         wanted = self._random.choice(phases) if victim != "writer" else "background"
         rank = self._random.randrange(self._processes)
+        # Else all kills would come at the first steps.
+        saved = max(whole_steps(self.run_dir / "checkpoints"), default=0)
+        self._not_before = (
+            0 if wanted == "starting" else saved + self._random.randint(1, MOST_STEPS)
+        )
         return Kill(wanted, wanted, victim, rank, 0)
 
     def _phase(self, rank: int) -> tuple[int, str, int] | None:
@@ -151,7 +161,7 @@ class DisturbedRun:
 
     def _meets(self, plan: Kill) -> bool:
         state = self._phase(plan.rank)
-        return state is not None and state[1] == plan.wanted
+        return state is not None and state[1] == plan.wanted and state[2] >= self._not_before
 
     def _kill(self, plan: Kill, launcher: subprocess.Popen[bytes]) -> bool:
         """Whether somebody was killed."""

@@ -3,7 +3,7 @@
 Arguments: a folder, and those of the main job. The folder gets for each rank
 
 - `state_RANK`: process number, phase and step, overwritten all the time. Phases: starting, step,
-  saving (the part of a save that training waits for), ending;
+  saving (the part of a save that training waits for), evaluation, ending;
 - `fed_RANK.jsonl`: for each training microbatch the process, the step, and a hash of each sample.
 """
 
@@ -80,6 +80,7 @@ class Observer:
             return forward_step(run, iter([batch]), chunk)
 
         vars(loop)["train_step"] = noted_step
+        vars(loop)["evaluate_and_record"] = noting("evaluation", vars(loop)["evaluate_and_record"])
         vars(step)["_forward_step"] = noted_forward_step
         patched: Any = CheckpointWriter
         patched.save = noting("saving", save)
