@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,17 @@ def undisturbed(folder: Path, cache_dir: Path) -> list[dict[str, Any]]:
     return train(folder, cache_dir, "undisturbed", f"schedule.steps={STEPS}", processes=2)
 
 
+def command(folder: Path, cache_dir: Path, run_name: str) -> list[str]:
+    """What a user types for a run on two nodes."""
+    return [
+        *(sys.executable, str(ROOT / "tools" / "submit.py"), "--config-dir", str(CONFIG_DIR)),
+        *("experiment=small", "device=cpu", f"schedule.steps={STEPS}"),
+        *(f"output_dir={folder}", f"data.cache_dir={cache_dir}", f"run_name={run_name}"),
+        *("cluster=slurm", "nodes=2", "cluster.gpus_per_node=0", "time_limit='0:10:00'"),
+        *("cluster.signal_seconds=60", "cluster.preflight.bandwidth_size=4"),
+    ]
+
+
 class Submitted:
     """A run on two nodes, submitted as a user does."""
 
@@ -50,13 +62,7 @@ class Submitted:
         self.slurm = slurm
         self.run_dir = folder / run_name
         self.records_dir = self.run_dir / "cluster"
-        self.said = slurm.run(
-            *(sys.executable, str(ROOT / "tools" / "submit.py"), "--config-dir", str(CONFIG_DIR)),
-            *("experiment=small", "device=cpu", f"schedule.steps={STEPS}"),
-            *(f"output_dir={folder}", f"data.cache_dir={cache_dir}", f"run_name={run_name}"),
-            *("cluster=slurm", "nodes=2", "cluster.gpus_per_node=0", "time_limit='0:10:00'"),
-            *("cluster.signal_seconds=60", "cluster.preflight.bandwidth_size=4", *words),
-        )
+        self.said = slurm.run(*command(folder, cache_dir, run_name), *words)
         self.jobs = [int(number) for number in re.findall(r"^submitted job (\d+)", self.said, re.M)]
 
     def log(self, job: int) -> str:
@@ -171,3 +177,25 @@ def test_chained_job_goes_on_after_the_first_and_a_spare_node_takes_a_bad_ones_p
     slurm.wait_for_job(second, "COMPLETED")
     run.assert_undisturbed(undisturbed)
     assert slurm.wait_for_job(third, "CANCELLED")["RunTime"] == "00:00:00"
+
+
+def test_batch_script_of_ones_own_hands_signals_on_and_is_requeued(
+    slurm: Cluster, folder: Path, cache_dir: Path
+) -> None:
+    """As those of examples/kanana_2_155b_a17b: the script becomes the one that submit.py writes."""
+    run_dir, script = folder / "own", folder / "own.sbatch"
+    words = shlex.join([*command(folder, cache_dir, "own"), "--in-job"])
+    script.write_text(
+        "#!/usr/bin/env bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append\n"
+        f"#SBATCH --output={folder}/own.log\nexec {words}\n"
+    )
+    job = int(slurm.run("sbatch", "--parsable", str(script)))
+    metrics, log = run_dir / "metrics.jsonl", folder / "own.log"
+    wait_until(
+        lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, 120, log.read_text
+    )
+    slurm.run("scancel", "--batch", "--signal=USR1", str(job))
+    slurm.wait_for_job(job, "PENDING")
+    (saved,) = (run_dir / "checkpoints").glob("step_????????")
+    assert 3 < int(saved.name[-8:]) < STEPS
+    slurm.run("scancel", str(job))
