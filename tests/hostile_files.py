@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_kanana.config.manifest import MANIFEST_FILE, digest, manifest_bytes, read_manifest
+
 
 class Calls:
     """Pickled, a call of a function."""
@@ -103,4 +105,11 @@ def hostile_copies(checkpoint: Path, folder: Path, target: Path) -> dict[str, Pa
         copies[name] = folder / f"hostile_{number}"
         shutil.copytree(checkpoint, copies[name])
         change(copies[name])
+        _describe_anew(copies[name])
     return copies
+
+
+def _describe_anew(checkpoint: Path) -> None:
+    """Write the manifest that fits the changed files: it tells damage, not forgery."""
+    entries = {name: digest(checkpoint / name) for name in read_manifest(checkpoint)}
+    (checkpoint / MANIFEST_FILE).write_bytes(manifest_bytes(entries))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,11 @@ def load_settings(
         )
         config_dir = None
     choices, assignments = _parse(overrides, config_dir, problems)
-    values = _compose(choices, assignments, config_dir, problems)
+    config = _compose(choices, config_dir, problems)
+    values = _apply(config, assignments, problems)
     settings = build(Settings, values, problems) if values is not None else None
     if settings is None:
-        settings = _without_faults(choices, assignments, config_dir, problems)
+        settings = _without_faults(config, assignments, problems)
     return _checked(settings, environment, problems, with_files=with_files)
 
 
@@ -106,7 +108,7 @@ def cluster_settings(
         None where its settings cannot be built; `load_settings` tells why.
     """
     choices, assignments = _parse(overrides, config_dir, [])
-    values = _compose(choices, assignments, config_dir, [])
+    values = _apply(_compose(choices, config_dir, []), assignments, [])
     return build(ClusterSettings, values["cluster"], []) if values is not None else None
 
 
@@ -125,7 +127,7 @@ def settings_of_model(
         ConfigurationError: with all the problems found.
     """
     problems: list[Problem] = []
-    values = dict(_compose([], [], None, problems) or {})
+    values = dict(_apply(_compose([], None, problems), [], problems) or {})
     values |= {group: {**values[group], **changed} for group, changed in others.items()}
     settings = build(Settings, {**values, "model": model}, problems)
     environment = Environment()
@@ -152,10 +154,7 @@ def _checked(
 
 
 def _without_faults(
-    choices: Sequence[str],
-    assignments: Sequence[Override],
-    config_dir: str | None,
-    problems: Sequence[Problem],
+    config: DictConfig | None, assignments: Sequence[Override], problems: Sequence[Problem]
 ) -> Settings | None:
     """The settings with the faulty assignments left out, so that the rest is checked as well."""
     faulty = {problem.setting for problem in problems}
@@ -165,34 +164,33 @@ def _without_faults(
         if not any(f"{name}.".startswith(f"{assignment.key_or_group}.") for name in faulty)
         and not any(f"{assignment.key_or_group}.".startswith(f"{name}.") for name in faulty)
     ]
-    values = _compose(choices, sound, config_dir, [])
+    values = _apply(config, sound, [])
     return build(Settings, values, []) if values is not None else None
 
 
 def _compose(
-    choices: Sequence[str],
-    assignments: Sequence[Override],
-    config_dir: str | None,
-    problems: list[Problem],
-) -> Mapping[str, Any] | None:
-    """Compose the groups and apply the assignments; nested plain values, or None on failure."""
+    choices: Sequence[str], config_dir: str | None, problems: list[Problem]
+) -> DictConfig | None:
+    """Compose the groups; None on failure."""
     search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=[*choices, *search_path])
+            return compose("config", overrides=[*choices, *search_path])
     except Exception as error:  # Hydra and OmegaConf meet some files with errors of any class
         reason = str(error).strip() or "a file holds no settings"
         problems.append(
             Problem("config groups", " ".join(choices), reason, "mend the YAML file of a group")
         )
         return None
-    return _apply(config, assignments, problems)
 
 
 def _apply(
-    config: DictConfig, assignments: Sequence[Override], problems: list[Problem]
+    config: DictConfig | None, assignments: Sequence[Override], problems: list[Problem]
 ) -> Mapping[str, Any] | None:
-    """Make the assignments and resolve interpolations."""
+    """Make the assignments in a copy and resolve interpolations; None on failure."""
+    if config is None:
+        return None
+    config = copy.deepcopy(config)
     OmegaConf.set_struct(config, False)
     for assignment in assignments:
         _assign(config, assignment, problems)

@@ -305,7 +305,9 @@ class LoggingSettings:
     tensorboard: bool = setting(True, help="write TensorBoard events")
     report: bool = setting(True, help="write report.html with plots and a text sample at the end")
     sample_prompt: str = setting(
-        "def __init__(self", help="beginning of the text sample in the report"
+        "def __init__(self",
+        help="beginning of the text sample in the report",
+        several_lines=True,
     )
     sample_tokens: int = setting(
         96, help="tokens generated for the text sample; 0 writes none", minimum=0

@@ -7,6 +7,12 @@ from megatron_kanana.config import Environment
 from .case import CUDA_MACHINE, Bad
 
 LAUNCH = {
+    "limits of the watchdog in the wrong order": Bad(
+        ("watchdog.long_timeout=60",), "watchdog.long_timeout", "60", "choose at least 600"
+    ),
+    "time limit that is no time": Bad(
+        ("watchdog.time_limit=tomorrow",), "watchdog.time_limit", "tomorrow", "'47:30:00'"
+    ),
     "unknown top-level setting": Bad(("sed=1",), "sed", "1", "did you mean seed?"),
     "unknown experiment": Bad(("experiment=big",), "experiment", "big", "or kanana_2_tiny"),
     "unreadable word": Bad(("schedule.steps",), "command line", "schedule.steps", "setting=value"),
@@ -18,6 +24,24 @@ LAUNCH = {
     ),
     "broken interpolation": Bad(
         ("run_name=${missing}",), "run_name", "${missing}", "name an existing setting"
+    ),
+    "interpolation that calls": Bad(
+        ("run_name=${now:%Y}",), "run_name", "${now:%Y}", "write the value, ${another.setting}"
+    ),
+    "interpolation inside a list": Bad(
+        ("data.blend=[{path:${missing}}]",),
+        "data.blend[0].path",
+        "${missing}",
+        "name an existing setting",
+    ),
+    "line break in a name, which stands in batch scripts": Bad(
+        ("run_name='a\nb'",), "run_name", "'a\\nb'", "leave it out"
+    ),
+    "half of a surrogate pair": Bad(
+        ("data.cache_dir='\ud83d'",), "data.cache_dir", "'\\ud83d'", "leave it out"
+    ),
+    "number longer than Python reads": Bad(
+        (f"seed={'9' * 5000}",), "command line", "999", "setting=value"
     ),
     "device that is not there": Bad(("device=cuda",), "device", "cuda", "set device=cpu"),
     "more processes than devices": Bad(
