@@ -33,7 +33,7 @@ train: $(READY)
 # Tests that start several processes run one after another; the others share the cores.
 test: lint
 ifeq ($(PYTEST_ARGS),)
-	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile tests/unit tests/kernels tests/model tests/conversion
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile tests/unit tests/kernels tests/model tests/conversion tests/fuzz
 	$(RUN) pytest tests/end_to_end tests/parallel
 else
 	$(RUN) pytest $(PYTEST_ARGS)
