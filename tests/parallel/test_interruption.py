@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_kanana.config.exit_status import START
 from megatron_kanana.training.interruption import Interruption
 from tests.launch import free_ports, run_python, train_in_turn
 
@@ -65,17 +66,26 @@ def test_all_leave_with_the_status_of_the_signal_that_any_process_got(
     assert before == [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
 
 
-def test_the_launcher_outlives_a_schedulers_signal_and_passes_the_status_on(tmp_path: Path) -> None:
-    """Its process signals it, as SLURM does, and leaves with the status that asks for a requeue."""
-    script = tmp_path / "leave.py"
+def test_the_launcher_outlives_a_signal_restarts_what_died_and_passes_the_last_status_on(
+    tmp_path: Path,
+) -> None:
+    """Its process dies once, then signals it, as SLURM does, and leaves with the status for it."""
+    script, starts = tmp_path / "leave.py", tmp_path / "starts"
     script.write_text(
         "import os, signal, sys, time\n"
+        f"with open({str(starts)!r}, 'a') as file: print(os.environ[{START!r}], file=file)\n"
+        f"if open({str(starts)!r}).read().count('\\n') == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
         "assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN\n"
         "os.kill(os.getppid(), signal.SIGUSR1)\n"
         "time.sleep(0.5)\n"
         "sys.exit(85)\n"
     )
     finished = run_python(
-        "-m", "megatron_kanana.cluster.launch", "--standalone", "--nproc-per-node=1", str(script)
+        *("-m", "megatron_kanana.cluster.launch", "--standalone", "--nproc-per-node=1"),
+        *("--max-restarts=5", str(script)),
     )
     assert finished.returncode == 85, finished.stderr
+    assert "rank 0 ended with SIGKILL; all start again" in finished.stderr
+    names = starts.read_text().split()
+    assert len(names) == 2  # what left on purpose is not started again
+    assert names[0] != names[1]
