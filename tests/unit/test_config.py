@@ -34,6 +34,7 @@ FOUR = Environment(world_size=4, local_world_size=4)
 PROCESSES = {
     "tensor_pipeline": 4,
     "kanana_2_30b_midtraining": 8,
+    "kanana_2_30b_sft": 8,
     "experts_in_node": 8,
     "kanana_2_155b_proxy": 64,
     "kanana_2_155b_a17b": 256,
