@@ -1,4 +1,4 @@
-"""Running the main job under torchrun while its processes are killed."""
+"""Running the main job under torchrun while its processes are killed or frozen."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ _ORPHAN_SECONDS = 5.0
 
 @dataclass
 class Kill:
-    """One SIGKILL.
+    """One SIGKILL, or SIGSTOP.
 
     Attributes:
         wanted: phase that was waited for.
         phase: what the victim was doing when it was killed; background is a step beside a save.
         victim: key of `VICTIMS`.
         step: of the victim.
+        at: seconds since 1970.
         restart_seconds: until the first step after it began; None where another kill came before.
     """
 
@@ -49,6 +50,7 @@ class Kill:
     rank: int
     step: int
     restart_seconds: float | None = None
+    at: float = 0.0
 
 
 class DisturbedRun:
@@ -59,8 +61,9 @@ class DisturbedRun:
         run_dir: folder of the run.
         arguments: of the main job.
         processes: of the run.
-        kills: SIGKILLs to send at most; none are left when the run ends before.
+        kills: signals to send at most; none are left when the run ends before.
         randomness: chooses phases, delays and victims.
+        number: what is sent. SIGSTOP freezes single ranks during steps.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class DisturbedRun:
         processes: int,
         kills: int,
         randomness: random.Random,
+        number: signal.Signals = signal.SIGKILL,
     ) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
@@ -86,6 +90,7 @@ class DisturbedRun:
         self._processes = processes
         self._wanted_kills = kills
         self._random = randomness
+        self._number = number
         self._killed_at = 0.0
         self._dead: set[int] = set()
         self._not_before = 0
@@ -141,6 +146,8 @@ class DisturbedRun:
         if self.kills and self.kills[-1].victim == "writer":
             phases.remove("starting")  # nothing starts again
         wanted = self._random.choice(phases) if victim != "writer" else "background"
+        if self._number == signal.SIGSTOP:
+            victim, wanted = "rank", "step"
         rank = self._random.randrange(self._processes)
         # Else all kills would come at the first steps.
         saved = max(whole_steps(self.run_dir / "checkpoints"), default=0)
@@ -178,10 +185,10 @@ class DisturbedRun:
             pids = list(_children(pid))
             if not pids:
                 return False
-        self._killed_at = time.monotonic()
+        self._killed_at, plan.at = time.monotonic(), time.time()
         for each in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
+                os.kill(each, self._number)
         self._dead |= {each[0] for each in map(self._phase, range(self._processes)) if each}
         if plan.victim == "torchrun":
             launcher.wait()
