@@ -7,6 +7,7 @@ damaged is not taken for the description of damaged files.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -81,7 +82,8 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     """
     path = folder / MANIFEST_FILE
     try:
-        content = path.read_bytes()
+        with _open(path) as file:
+            content = file.readall()
         parsed = json.loads(content)
         if parsed["format"] > FORMAT:
             raise DamagedManifestError(
@@ -112,12 +114,9 @@ def digest(path: Path, *, from_disk: bool = False) -> FileEntry:
     Raises:
         OSError: it is no ordinary file, or cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not wait
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(0, "not a file")
+    with _open(path) as file:
         if from_disk:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         checksum = hashlib.sha256()
         size = 0
         buffer = memoryview(bytearray(CHUNK_BYTES))
@@ -125,6 +124,19 @@ def digest(path: Path, *, from_disk: bool = False) -> FileEntry:
             checksum.update(buffer[:count])
             size += count
     return FileEntry(size, checksum.hexdigest())
+
+
+def _open(path: Path) -> io.FileIO:
+    """Open an ordinary file; anything else is refused, and not waited for.
+
+    Raises:
+        OSError: it is none, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "not a file")
+    return io.FileIO(descriptor)
 
 
 def write_durably(path: Path, content: bytes) -> FileEntry:
