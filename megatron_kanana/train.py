@@ -57,13 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
             run = build_run(settings, where)
             restore(run)
             train(run, interruption, watchdog)
+            device.destroy_process_groups()
     except (ConfigurationError, CheckpointError, UnsafeFileError) as error:  # in what is read
         return tell(error, environment.rank)
     except SaveError as error:
         return tell(error, environment.rank, CANNOT_SAVE)
     except RunStoppedError as error:
         return tell(error, environment.rank, STOPPED)
-    device.destroy_process_groups()
     return interruption.exit_status
 
 
