@@ -40,6 +40,12 @@ class GuardSettings:
         help="a loss below median x (1 + this) is no spike, however quiet the window",
         minimum=0.0,
     )
+    rollback_steps: int = setting(
+        0,
+        help="a rollback goes back at least this many steps: before a spike is seen, weights may"
+        " have been on their way to it for a while",
+        minimum=0,
+    )
     max_interventions: int = setting(
         3,
         help="steps that may be skipped or rolled back within intervention_window steps; one more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_kanana.config.guard_settings import GuardSettings
 from megatron_kanana.config.ledger import SampleRange
-from megatron_kanana.config.saved import newest_checkpoint
+from megatron_kanana.config.saved import whole_steps
 from megatron_kanana.optimizer.update import gradient_norm
 
 from .layer_trace import LayerTrace
@@ -191,11 +192,11 @@ class Guards:
     def _bounded(self, run: Run, action: str) -> str:
         """The action, or STOP where too many steps were skipped or rolled back lately.
 
-        Without a checkpoint to go back to, the step is skipped instead.
+        Without a checkpoint that is old enough, the step is skipped instead of going back.
         """
         if action not in (SKIP, ROLLBACK):
             return action
-        if action == ROLLBACK and newest_checkpoint(run.settings.checkpoint_dir) is None:
+        if action == ROLLBACK and not self._can_go_back(run):
             action = SKIP
         step = run.step + 1
         since = step - self.settings.intervention_window
@@ -203,6 +204,10 @@ class Guards:
             return STOP
         self.interventions.append(step)
         return action
+
+    def _can_go_back(self, run: Run) -> bool:
+        steps = whole_steps(Path(run.settings.checkpoint_dir))
+        return any(step <= run.step - self.settings.rollback_steps for step in steps)
 
     def _trouble(self, run: Run, kind: str, action: str, details: str) -> Trouble:
         if action == STOP and self.interventions:

@@ -53,7 +53,8 @@ def stop_or_go_back(
 def roll_back(run: Run) -> SampleRange:
     """Load the run's newest whole checkpoint, and go on after the samples of the step at hand.
 
-    Every process must call this. There must be a checkpoint.
+    One that is not `guards.rollback_steps` old does not count, and is put aside. Every process must
+    call this. There must be a checkpoint.
 
     Returns:
         the samples passed over.
@@ -62,7 +63,7 @@ def roll_back(run: Run) -> SampleRange:
     interventions = run.guards.interventions
     run.scheduler = build_scheduler(run.optimizer, run.settings)
     run.attention_logits.take()
-    restore(run)
+    restore(run, up_to_step=run.step - run.settings.guards.rollback_steps)
     begin = run.consumed_samples
     run.consumed_samples = end
     run.skipped_samples.append((begin, end))

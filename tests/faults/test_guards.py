@@ -151,7 +151,11 @@ def found(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Found:
     faults["too often"] = [everywhere, again]
     spike = [fault("factor", rank, "output_layer") for rank in (0, 1)]
     runs["spike reported"] = SHORT
-    runs["spike rolled back"] = ("guards.on_spike=rollback", WITH_CHECKPOINTS)
+    runs["spike rolled back"] = (
+        "guards.on_spike=rollback",
+        "guards.rollback_steps=3",
+        "checkpoint.save_interval=2",
+    )
     faults |= {name: spike for name in runs if name.startswith("spike")}
     runs["corrupt"] = (*SHORT, f"guards.recheck_interval={BAD_STEP}")
     faults["corrupt"] = [fault("flipped_bit", 1, "layers.1.self_attention.linear_proj", times=1)]
@@ -193,7 +197,7 @@ def test_a_run_ends_as_well_as_without_the_step_that_it_left_out(found: Found, n
     [
         ("skipped", samples_before(BAD_STEP)),
         ("rolled back", 5 * BATCH),
-        ("spike rolled back", 5 * BATCH),
+        ("spike rolled back", 4 * BATCH),
     ],
 )
 def test_the_ledger_tells_what_was_passed_over_and_counts_it_nowhere(
@@ -224,6 +228,12 @@ def test_a_run_that_stops_is_saved_as_it_was_before_the_step(
     assert events(found.folder, name)[-1]["action"] == "stop"
     tensors = saved_tensors(final(found.folder, name, last))
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def test_a_rollback_by_some_steps_puts_later_checkpoints_aside(found: Found) -> None:
+    folders = {path.name for path in (found.folder / "spike rolled back" / "checkpoints").iterdir()}
+    assert "step_00000006.abandoned" in folders
+    assert {"step_00000004", "step_00000006", "step_00000008"} <= folders
 
 
 def test_a_spike_is_told_and_otherwise_left_alone_by_default(found: Found) -> None:
