@@ -122,6 +122,8 @@ def stage_bytes(
 
     kept = stage.dense * of_layer(False, layout)
     kept += (stage.moe + stage.mtp) * of_layer(True, layout)
+    # Two more norms and the projection of both; one norm's input the output layer has, too.
+    kept += stage.mtp * (6.0 * hidden + 8) * tokens / layout.tensor
     kept += 8.0 * tokens if stage.embedding else 0.0
     passing = 6.0 * hidden  # of experts: three copies of the gathered tokens
     if has_experts:

@@ -142,6 +142,19 @@ OURS: Sequence[Observation] = (
     ),
 )
 
+_FP8 = [
+    Observation(
+        f"4 layers, 2 x 4096, fp8 by Transformer Engine, recompute {recompute}, H200",
+        quantity,
+        None,
+        "this version computes in bf16; nobody has run it",
+        slice_of_30b(4, 2, fp8=True, recompute=recompute),
+        "muon",
+    )
+    for recompute in ("none", "full")
+    for quantity in ("peak memory", "passes")
+]
+
 DEEPSEEK_V3 = Architecture(
     *(61, 3, 7168, 129280, 128, 192, 128, 18432, 256, 8, 2048, 2048),
     kv_lora_rank=512,
@@ -282,4 +295,4 @@ PUBLISHED: Sequence[Observation] = (
     ),
 )
 
-ALL: Sequence[Observation] = (*OURS, *SLICES, *PUBLISHED)
+ALL: Sequence[Observation] = (*OURS, *_FP8, *SLICES, *PUBLISHED)

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from megatron_kanana.config import Environment, load_settings
 from megatron_kanana.config.shipped import shipped_model
 from megatron_kanana.planning import count_parameters
+from megatron_kanana.planning.architecture import Architecture
+from megatron_kanana.planning.holdings import local_parameters, state_bytes
+from megatron_kanana.planning.layout import Layout, stages
 from tests.launch import CONFIG_DIR, Finished, run_python
 
 SMALL = ("--config-dir", str(CONFIG_DIR), "experiment=small", "optimizer=muon")
@@ -59,6 +63,30 @@ def test_all_processes_together_hold_the_model_exactly(
     line = next(line for line in finished.stdout.splitlines() if line.startswith("all processes"))
     expected = count_parameters(small_model(*overrides)).total
     assert f"{expected:,} parameters" in line
+    assert_formulas_agree(found, processes, *SMALL[2:], *overrides)
+
+
+def assert_formulas_agree(found: dict[str, Any], processes: int, *overrides: str) -> None:
+    """The planner's formulas have the sizes and places of the modules that were built."""
+    environment = Environment(world_size=processes, local_world_size=1, cuda_device_count=8)
+    settings = load_settings(overrides, environment, str(CONFIG_DIR), with_files=False)
+    layout = Layout.of(settings, processes, settings.schedule.global_batch_size)
+    architecture = Architecture.of(settings.model)
+    ranks = stages(architecture, layout)
+    for built in found["ranks"]:
+        of_rank = ranks[built["pipeline_rank"]]
+        counts = local_parameters(architecture, layout, of_rank, settings.optimizer)
+        names = {f"{group}, {optimizer}": count for (group, optimizer), count in counts.items()}
+        assert names == built["parameters"]
+        size = state_bytes(counts, layout, fp32_gradients=True)
+        assert size == pytest.approx(built["bytes"])
+        for stage, contents in zip(of_rank, built["stages"], strict=True):
+            numbers = [int(name) for name in contents if name.isdecimal()]
+            first = stage.first_layer + 1
+            assert numbers == list(range(first, first + stage.dense + stage.moe))
+            assert stage.embedding == ("embedding" in contents)
+            assert stage.output == ("output layer" in contents)
+            assert stage.mtp == contents.count("multi-token prediction")
 
 
 def small_model(*overrides: str) -> Any:
@@ -86,6 +114,7 @@ def test_155b_on_1024_processes_has_every_layer_once(tmp_path: Path) -> None:
         assert experts == layers * 128 // 8 * 3 * 4096 * 1536
         assert rank["sharded_over"] == {"dense": 128, "experts": 16}
         assert rank["orthogonalization_imbalance"]["experts"] < 1.01
+    assert_formulas_agree(found, 1024, "experiment=kanana_2_155b_a17b", "parallel=h200_1024")
 
 
 def test_ranks_that_the_job_lacks_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Runs models on the CPU and prints, as JSON, the bytes that autograd keeps of a forward pass.
+
+Of each case also the most memory that the forward and the backward pass take beside what was there.
+With tensor parallelism one process of several is run alone, with collectives that do nothing: its
+numbers are nonsense and its shapes are real.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_kanana.config import Environment, Settings, load_settings
+from megatron_kanana.device import prepare_device
+from megatron_kanana.device.process import destroy_process_groups, lay_over_processes
+
+CONFIG_DIR = "tests/configs"
+
+
+def main(cases: dict[str, list[str]]) -> None:
+    """Print, for each case, what its overrides make a model keep."""
+    print(json.dumps({name: run(overrides) for name, overrides in cases.items()}))
+
+
+def run(overrides: list[str]) -> dict[str, int]:
+    """Bytes 'saved' and 'peak' of one case."""
+    words = ["experiment=small", "device=cpu", "precision=bf16", *overrides]
+    tensor = [word for word in words if word.startswith("parallel.tensor_parallel_size=")]
+    world = int(tensor[-1].partition("=")[2]) if tensor else 1
+    environment = Environment(world_size=world, local_world_size=world)
+    settings = load_settings(words, environment, CONFIG_DIR, with_files=False)
+    where = prepare_device(settings, Environment())
+
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    lay_over_processes(settings, with_gloo_groups=False)
+    model_parallel_cuda_manual_seed(settings.seed)
+    get_moe_layer_wise_logging_tracker().clear()  # of a model with another number of layers
+    torch.manual_seed(0)
+    try:
+        return measure(settings, where)
+    finally:
+        destroy_process_groups()
+
+
+def measure(settings: Settings, where: Any) -> dict[str, int]:
+    """Build the model, run a microbatch through it, and count."""
+    from megatron.core.transformer.module import Float16Module
+
+    from megatron_kanana.model.builder import gpt_model
+    from megatron_kanana.model.megatron_config import transformer_config
+
+    config = transformer_config(settings, where)
+    # SDPA's attention also runs on a CPU; what it keeps there is what it keeps on a GPU.
+    model = Float16Module(config, gpt_model(settings, config, "sdpa")).train()
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in owned:
+            saved[place] = tensor
+        return tensor
+
+    shape = (settings.schedule.micro_batch_size, settings.data.sequence_length)
+    tokens = torch.randint(0, settings.model.vocab_size, shape)
+    positions = torch.arange(shape[1]).expand(shape).contiguous()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, positions, None, labels=tokens)
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    saved.clear()
+    return {"saved": kept, "peak": peak_of(model, tokens, positions)}
+
+
+def peak_of(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> int:
+    """Most bytes that were allocated at once during both passes, gradients of weights included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        model(tokens, positions, None, labels=tokens).float().sum().backward()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = profile.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,117 @@
+"""Formulas of activations against what autograd really keeps of tiny models on the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_kanana.config import Environment, Settings, load_settings
+from megatron_kanana.planning.activations import stage_bytes
+from megatron_kanana.planning.architecture import Architecture
+from megatron_kanana.planning.calibration import TORCH, TRANSFORMER_ENGINE
+from megatron_kanana.planning.layout import Layout, stages
+from tests.launch import CONFIG_DIR, run_python
+
+CASES: dict[str, list[str]] = {
+    "recompute none": [],
+    "recompute full": ["parallel.recompute=full"],
+    "queries projected directly": ["++model.q_lora_rank=null"],
+    "dense layers": ["model.num_dense_layers=4"],
+    "no shared experts": ["model.num_shared_experts=0"],
+    "tensor parallel": ["parallel.tensor_parallel_size=2"],
+    "tensor parallel, recompute full": [
+        "parallel.tensor_parallel_size=2",
+        "parallel.recompute=full",
+    ],
+    "multi-token prediction": ["++model.num_mtp_layers=1"],
+}
+BATCH = [
+    "schedule.micro_batch_size=4",
+    "schedule.global_batch_size=4",
+    "data.sequence_length=128",
+]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, int]]:
+    """What the models of all cases keep, and their peaks."""
+    cases = {name: [*overrides, *BATCH] for name, overrides in CASES.items()}
+    finished = run_python("-m", "tests.unit.planning_saved_tensors", json.dumps(cases))
+    assert finished.returncode == 0, finished.stderr
+    values: dict[str, dict[str, int]] = json.loads(finished.stdout.splitlines()[-1])
+    return values
+
+
+def load(name: str) -> tuple[Settings, Layout]:
+    """Settings and layout of a case."""
+    words = ["experiment=small", "device=cpu", "precision=bf16", *CASES[name], *BATCH]
+    world = 2 if "tensor" in name else 1
+    environment = Environment(world_size=world, local_world_size=world)
+    settings = load_settings(words, environment, str(CONFIG_DIR), with_files=False)
+    return settings, Layout.of(settings, world, 4)
+
+
+def norms_of_a_cpu(settings: Settings, layout: Layout) -> float:
+    """Bytes that torch's composite RMSNorm keeps more than the fused one of a GPU.
+
+    It keeps its input and the normalised input in fp32, 8 bytes an element, in place of the bf16
+    input.
+    """
+    model = settings.model
+    layers = 0 if layout.has_full_recompute else model.num_layers + model.num_mtp_layers
+    latents = model.kv_lora_rank + (model.q_lora_rank or 0)
+    elements = layers * (2 * model.hidden_size + latents) + model.hidden_size
+    more = 6.0 * elements
+    # Two norms and the last one; the input of one of them is kept in bf16 for the output layer too.
+    more += model.num_mtp_layers * (6 + 6 + 8) * model.hidden_size
+    return more * layout.tokens / layout.tensor
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kept_bytes_are_those_that_autograd_keeps(
+    name: str, found: dict[str, dict[str, int]]
+) -> None:
+    settings, layout = load(name)
+    architecture = Architecture.of(settings.model)
+    [[stage]] = stages(architecture, layout)
+    kept, _ = stage_bytes(architecture, layout, TORCH, stage)
+    expected = found[name]["saved"]
+    assert kept + norms_of_a_cpu(settings, layout) == pytest.approx(expected, rel=0.004)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "multi-token prediction"])
+def test_peak_is_that_of_the_allocator(name: str, found: dict[str, dict[str, int]]) -> None:
+    settings, layout = load(name)
+    architecture = Architecture.of(settings.model)
+    [[stage]] = stages(architecture, layout)
+    kept, transient = stage_bytes(architecture, layout, TORCH, stage)
+    predicted = kept + transient + norms_of_a_cpu(settings, layout)
+    assert predicted == pytest.approx(found[name]["peak"], rel=0.05)
+
+
+def test_experts_keep_what_is_published_for_megatron_core() -> None:
+    """2d + 2Kd + 6Kn bytes a token with probabilities inside SwiGLU (SonicMoE's comparison)."""
+    from megatron_kanana.config.shipped import shipped_model
+    from megatron_kanana.planning.activations import feed_forward_bytes
+
+    architecture = Architecture.of(shipped_model("kanana_2_30b_a3b"))
+    parts = feed_forward_bytes(architecture, TRANSFORMER_ENGINE, is_moe=True)
+    kept = sum(parts[part] for part in ("projection input", "gathered tokens", "experts"))
+    assert kept == 56_320
+
+
+def test_more_tokens_for_some_experts_take_more_memory() -> None:
+    settings, layout = load("recompute none")
+    architecture = Architecture.of(settings.model)
+    [[stage]] = stages(architecture, layout)
+    import dataclasses
+
+    even, _ = stage_bytes(architecture, layout, TORCH, stage)
+    loaded = dataclasses.replace(layout, expert_load=1.5)
+    uneven, _ = stage_bytes(architecture, loaded, TORCH, stage)
+    model = settings.model
+    visited = model.num_experts_per_token
+    of_experts = visited * (2 * model.hidden_size + 12 * model.moe_ffn_hidden_size + 4)
+    layers = model.num_layers - model.num_dense_layers
+    assert uneven - even == pytest.approx(0.5 * of_experts * layers * layout.tokens)
