@@ -55,7 +55,7 @@ def train(run: Run, interruption: Interruption, watchdog: Watchdog) -> None:
     interruption.listen(run.device.torch_device)
     while run.step < last_step:
         watchdog.enter_step(run.step + 1)
-        result = train_step(run, iterators)
+        result = stragglers.timed(train_step, run, iterators)
         for trouble in result.troubles:
             record_trouble(run, trouble, recorder)
         if result.ends_here:

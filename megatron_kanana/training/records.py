@@ -141,15 +141,15 @@ class Recorder:
         self.say(message)
 
     def record_own_times(
-        self, step: int, seconds: Sequence[float], slow: Sequence[int], hosts: Mapping[int, str]
+        self, step: int, seconds: Sequence[float], slow: Mapping[int, str]
     ) -> None:
-        """Write each process's own time of a step, in seconds, and which ones are slow."""
+        """Write the processes' own times of a step, in seconds, and hosts of slow ones."""
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
         figures = {
             "own_seconds_median": statistics.median(seconds),
             "own_seconds_longest": seconds[slowest],
         }
-        named = {str(rank): hosts[rank] for rank in slow}
+        named = {str(rank): host for rank, host in slow.items()}
         self._write({"step": step, **figures, "slowest_rank": slowest, "slow_ranks": named})
         self._scalars(step, {f"processes/{name}": value for name, value in figures.items()})
 

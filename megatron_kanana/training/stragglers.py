@@ -3,7 +3,8 @@
 All processes take the same time for a step, as each waits for the slowest. So the time that counts
 is a process's own, without its waiting in collective operations; the watchdog's thread looks ten
 times a second at which of the two the main thread is. GPUs compute beside it, so there the time is
-that of a product of matrices (`_probe`), measured beside the comparison.
+that of a product of matrices (`_probe`), measured beside the comparison, and of the kernels of the
+step before it where nvidia-resiliency-ext can time them (`gpu_scores.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import socket
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +23,12 @@ from megatron.core import parallel_state
 
 from megatron_kanana.config.watchdog_settings import WatchdogSettings
 
+from .gpu_scores import gpu_scores
 from .records import Recorder
 from .standstill import is_waiting
+
+Arguments = ParamSpec("Arguments")
+T = TypeVar("T")
 
 _FEWEST_PEERS = 3
 _PROBE_SIZE, _PROBE_REPETITIONS = 2048, 5
@@ -59,7 +65,7 @@ class Comparison:
     seconds: tuple[float, ...]
     times_median: tuple[float, ...]
     slow: tuple[int, ...]
-    hosts: Mapping[int, str]
+    hosts: dict[int, str]
 
 
 class Stragglers:
@@ -75,7 +81,15 @@ class Stragglers:
         self._interval = settings.straggler_interval if settings.enabled else 0
         self._factor = settings.straggler_factor
         self._own_time, self._device = own_time, device
+        self._scores = gpu_scores(device) if self._interval else None
         self._steps = 0
+
+    def timed(self, step: Callable[Arguments, T], *a: Arguments.args, **k: Arguments.kwargs) -> T:
+        """Call the function that does a step, with a look at its kernels if it is time to."""
+        if self._scores is None or self._steps + 1 < self._interval:
+            return step(*a, **k)
+        with self._scores.timed():
+            return step(*a, **k)
 
     def step_done(self, step: int, recorder: Recorder | None) -> None:
         """Note a step, and compare if it is time to; every process must call this."""
@@ -87,10 +101,16 @@ class Stragglers:
             own = _probe(self._device)
         self._steps = 0
         comparison = self._compare(own)
+        slow_gpus = {} if self._scores is None else self._scores.slow(self._factor)
         if recorder is not None:
             for rank in comparison.slow:
                 recorder.say(f"step {step}: {describe(comparison, rank)}")
-            recorder.record_own_times(step, comparison.seconds, comparison.slow, comparison.hosts)
+            for rank, host in slow_gpus.items():
+                recorder.say(
+                    f"step {step}: slow: the GPU of rank {rank} on {host} takes"
+                    f" {self._factor:g} times as long as the fastest, or longer"
+                )
+            recorder.record_own_times(step, comparison.seconds, comparison.hosts | slow_gpus)
 
     def _compare(self, own: float) -> Comparison:
         stage = parallel_state.get_pipeline_model_parallel_rank()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
+import torch
 
 from megatron_kanana.config.exit_status import END_TIME, LAUNCH_TIME
-from megatron_kanana.training import processes
+from megatron_kanana.training import gpu_scores, processes
 from megatron_kanana.training.deadline import Deadline
 from megatron_kanana.training.interruption import Interruption
 from megatron_kanana.training.processes import Place, this_place
@@ -123,3 +129,62 @@ def test_a_signal_during_start_up_ends_the_process_with_its_status(
             os.kill(os.getpid(), number)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
+class FakeDetector:
+    """Answers as nvidia-resiliency-ext 0.4.1 does; its own needs a GPU."""
+
+    initialized = False
+    calls: ClassVar[list[str]] = []
+
+    @classmethod
+    def initialize(cls, *, scores_to_compute: list[str], gather_on_rank0: bool) -> None:
+        """Note the call."""
+        assert scores_to_compute == ["relative_perf_scores"]
+        assert gather_on_rank0
+        cls.initialized = True
+
+    @classmethod
+    @contextlib.contextmanager
+    def detection_section(cls, name: str) -> Iterator[None]:
+        """Note entry and exit."""
+        cls.calls.append(name)
+        yield
+        cls.calls.append("end")
+
+    @staticmethod
+    def generate_report() -> SimpleNamespace:
+        """Rank 2 is half as fast as the others."""
+        scores = {0: 1.0, 1: 0.9, 2: 0.5}
+
+        def identify(*, gpu_rel_threshold: float) -> dict[str, set[Any]]:
+            slow = {(r, f"n{r}") for r, score in scores.items() if score < gpu_rel_threshold}
+            ids = {StragglerId(rank, node) for rank, node in slow}
+            return {"straggler_gpus_relative": ids}
+
+        return SimpleNamespace(gpu_relative_perf_scores=scores, identify_stragglers=identify)
+
+
+class StragglerId(NamedTuple):
+    """A process and its host, as the package names them."""
+
+    rank: int
+    node: str
+
+
+def test_gpus_are_scored_by_nvidia_resiliency_ext_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert gpu_scores.gpu_scores(torch.device("cpu")) is None
+    assert gpu_scores.gpu_scores(torch.device("cuda")) is None  # not installed here
+    name = "nvidia_resiliency_ext.straggler"
+    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", ModuleType("nvidia_resiliency_ext"))
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    vars(sys.modules[name])["Detector"] = FakeDetector
+    scores = gpu_scores.gpu_scores(torch.device("cuda"))
+    assert scores is not None
+    with scores.timed():
+        assert FakeDetector.calls == ["step"]
+    assert FakeDetector.calls == ["step", "end"]
+    assert scores.slow(1.5) == {2: "n2"}
+    assert scores.slow(3.0) == {}
