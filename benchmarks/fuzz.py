@@ -3,12 +3,15 @@
     python -m benchmarks.fuzz configurations --name fuzz_configurations_cpu
     python -m benchmarks.fuzz inputs --name fuzz_inputs_cpu
 
-Writes how many ended how into the card; prints each defect, and ends with 1 if there is one.
+Writes how many ended how into the card; prints each defect, and ends with 1 if there is one. The
+examples follow from the seed and the number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -27,30 +30,42 @@ def main() -> int:
     parser.add_argument("what", choices=("configurations", "inputs"))
     parser.add_argument("--name", required=True, help="of the card")
     parser.add_argument("--examples", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the first process")
+    parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data = builtin_data(folder / "data", TEST_VOCAB_SIZE)
-        prepare_builtin_data(data, TEST_VOCAB_SIZE)
-        (folder / "files").mkdir()
-        write_good_files(folder / "files", data.tokenizer)
-        back = Path.cwd()
-        os.chdir(folder / "files")
-        if options.what == "inputs":
-            outcome = fuzz_inputs(options.examples, options.seed, folder / "files")
-        else:
-            make_special_files(folder / "files")
-            (folder / "saved").mkdir()
-            outcome = fuzz_configurations(options.examples, options.seed, folder / "saved")
-        os.chdir(back)
-    print(write_card(options.name, _rows(options.what, outcome)))
+    share = -(-options.examples // options.processes)
+    seeds = range(options.seed, options.seed + options.processes)
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        parts = pool.map(functools.partial(campaign, options.what, share), seeds, chunksize=1)
+    outcome = functools.reduce(Outcome.__add__, parts)
+    print(write_card(options.name, rows(options.what, outcome)))
     for place, defect in outcome.defects.items():
         print(f"{place}\n{defect}\n", file=sys.stderr)
     return 1 if outcome.defects else 0
 
 
-def _rows(what: str, outcome: Outcome) -> list[Row]:
+def campaign(what: str, examples: int, seed: int) -> Outcome:
+    """One process's examples, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        files = Path(name) / "files"
+        files.mkdir()
+        data = builtin_data(Path(name) / "data", TEST_VOCAB_SIZE)
+        prepare_builtin_data(data, TEST_VOCAB_SIZE)
+        write_good_files(files, data.tokenizer)
+        back = Path.cwd()
+        os.chdir(files)
+        try:
+            if what == "inputs":
+                return fuzz_inputs(examples, seed, files)
+            make_special_files(files)
+            (Path(name) / "saved").mkdir()
+            return fuzz_configurations(examples, seed, Path(name) / "saved")
+        finally:
+            os.chdir(back)
+
+
+def rows(what: str, outcome: Outcome) -> list[Row]:
+    """What became of the examples, and what kinds there were."""
     counts = {**dict.fromkeys(("accepted", "read", "refused", "defect"), 0), **outcome.results}
     return [
         Row(f"random {what}", "examples", outcome.examples),
