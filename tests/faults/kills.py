@@ -189,6 +189,9 @@ class DisturbedRun:
         for each in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, self._number)
+        if plan.victim == "writer":  # the run may go on without it
+            self.kills.append(plan)
+            return True
         self._dead |= {each[0] for each in map(self._phase, range(self._processes)) if each}
         if plan.victim == "torchrun":
             launcher.wait()
@@ -196,11 +199,12 @@ class DisturbedRun:
         return True
 
     def _note_restart(self) -> None:
-        if not self.kills or self.kills[-1].restart_seconds is not None:
+        last = self.kills[-1] if self.kills else None
+        if last is None or last.victim == "writer" or last.restart_seconds is not None:
             return
         states = [self._phase(rank) for rank in range(self._processes)]
         if all(state is not None and state[1] != "starting" for state in states):
-            self.kills[-1].restart_seconds = time.monotonic() - self._killed_at
+            last.restart_seconds = time.monotonic() - self._killed_at
 
     def _look_for_leftovers(self) -> None:
         """The run is over: no process may be left of it, nor of those that were killed."""
