@@ -56,8 +56,9 @@ def _worded(error: BaseException, path: Path) -> UnsafeFileError:
     if isinstance(error, UnsafeFileError):
         return error
     named = str(error).split("GLOBAL ")[1:]
-    what = f"names {named[0].split()[0]}" if named else "has a damaged object"
+    what = (
+        f"names {named[0].split()[0]}, which is no part of a checkpoint" if named else "is damaged"
+    )
     return UnsafeFileError(
-        f"{path} {what}, which is no part of a checkpoint: nothing of it was run."
-        " Load checkpoints that this project has written"
+        f"{path} {what}: nothing of it was run. Load checkpoints that this project has written"
     )

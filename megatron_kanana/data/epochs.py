@@ -188,12 +188,14 @@ def _check_arrays(folder: Path) -> None:
     """
     for path in folder.glob("*.npy"):
         try:
-            np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError:
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError):
+            loaded = None
+        if not isinstance(loaded, np.ndarray):
             raise UnsafeFileError(
                 f"{path} is no array of numbers, and nothing of it was run: delete {folder}, which"
                 " is made anew"
-            ) from None
+            )
 
 
 def _fingerprint(prefix: Path) -> str:

@@ -145,7 +145,7 @@ def test_hostile_checkpoints_are_refused_and_ordinary_ones_load(
     assert not made.exists()
 
 
-@pytest.mark.parametrize("name", ["objects", "a pickle"])
+@pytest.mark.parametrize("name", ["objects", "a pickle", "an archive", "nothing"])
 def test_index_files_that_hold_code_are_refused(name: str, tmp_path: Path) -> None:
     write_documents(tmp_path / "numbers", [range(2, 40)] * 8)
     order = SampleOrder(plain_tokenizer(), 16, 5, 0.0, tmp_path / "cache")
@@ -156,8 +156,11 @@ def test_index_files_that_hold_code_are_refused(name: str, tmp_path: Path) -> No
     for path in (tmp_path / "cache").rglob("*document_index.npy"):
         if name == "objects":
             np.save(path, np.array([call], dtype=object), allow_pickle=True)
+        elif name == "an archive":
+            with path.open("wb") as file:
+                np.savez(file, numbers=np.array([call], dtype=object))
         else:
-            path.write_bytes(pickled(call))
+            path.write_bytes(pickled(call) if name == "a pickle" else b"")
     anew = Epochs(tmp_path / "numbers", order)
     for use in (lambda: anew[0], lambda: anew.is_prepared(0), lambda: anew.prepare(0)):
         with pytest.raises(UnsafeFileError, match=r"is no array of numbers.* delete"):
