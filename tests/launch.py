@@ -28,13 +28,25 @@ class Finished:
     stderr: str
 
 
-def run_python(*arguments: str, processes: int = 1, timeout: float = TIMEOUT_SECONDS) -> Finished:
-    """Run Python, or torchrun with several processes; everything is killed at the time limit."""
+def run_python(
+    *arguments: str,
+    processes: int = 1,
+    timeout: float = TIMEOUT_SECONDS,
+    behind: Sequence[str] = (),
+) -> Finished:
+    """Run Python, or torchrun with several processes; everything is killed at the time limit.
+
+    Args:
+        arguments: of Python.
+        processes: above 1, torchrun starts them.
+        timeout: seconds.
+        behind: a command that starts Python.
+    """
     launcher: list[str] = []
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         launcher = ["-m", *launcher]
-    process = start_python(*launcher, *arguments)
+    process = start_python(*launcher, *arguments, behind=behind)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -44,11 +56,11 @@ def run_python(*arguments: str, processes: int = 1, timeout: float = TIMEOUT_SEC
     return Finished(process.returncode, stdout, stderr)
 
 
-def start_python(*arguments: str) -> subprocess.Popen[str]:
+def start_python(*arguments: str, behind: Sequence[str] = ()) -> subprocess.Popen[str]:
     """Start Python in a session of its own; its output is caught."""
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, *arguments],
+        [*behind, sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
         stdout=subprocess.PIPE,

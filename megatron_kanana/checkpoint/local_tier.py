@@ -51,16 +51,22 @@ STATE_FILE = "state.pt"
 
 
 def local_directory(settings: Settings) -> Path | None:
-    """This rank's folder of local checkpoints; None where the settings name none.
-
-    Runs of one name that lie in different places have different ones.
-    """
-    folder = settings.checkpoint.local_directory
-    if folder is None:
+    """This rank's folder of local checkpoints; None where the settings name none."""
+    if settings.checkpoint.local_directory is None:
         return None
-    place = hashlib.sha256(str(Path(settings.checkpoint_dir).resolve()).encode()).hexdigest()[:8]
     rank = f"rank_{dist.get_rank():05d}_of_{dist.get_world_size():05d}"
-    return Path(folder) / f"{settings.run_name}_{place}" / rank
+    return run_folder(settings.checkpoint.local_directory, settings) / rank
+
+
+def run_folder(local: str, settings: Settings) -> Path:
+    """The run's folder in the local tier; runs of one name in different places have different ones.
+
+    Args:
+        local: folder of the tier on a node.
+        settings: of the run.
+    """
+    place = hashlib.sha256(str(Path(settings.checkpoint_dir).resolve()).encode()).hexdigest()
+    return Path(local) / f"{settings.run_name}_{place[:8]}"
 
 
 def common_steps(settings: Settings) -> list[int]:
