@@ -21,6 +21,8 @@ Tensor parallelism divides all of it, sequence parallelism what it does not spli
 
 from __future__ import annotations
 
+import dataclasses
+
 from .architecture import Architecture
 from .calibration import Implementation
 from .layout import Layout, Stage
@@ -28,7 +30,7 @@ from .layout import Layout, Stage
 MAX_LOGIT_ROWS = 1024  # SDPA_MAX_LOGIT_ROWS of kernels/attention.py
 
 
-def attention_bytes(architecture: Architecture, implementation: Implementation) -> dict[str, float]:
+def attention_bytes(architecture: Architecture) -> dict[str, float]:
     """Of one token in the attention of one layer, by name; the norm before it included."""
     hidden, heads = architecture.hidden_size, architecture.num_heads
     query, value = architecture.query_key_dim, architecture.value_dim
@@ -85,7 +87,7 @@ def layer_bytes(
     hidden, tokens = architecture.hidden_size, layout.tokens / layout.tensor
     if layout.has_full_recompute:
         return 2.0 * hidden * tokens
-    attention = attention_bytes(architecture, implementation)
+    attention = attention_bytes(architecture)
     feed_forward = feed_forward_bytes(architecture, implementation, is_moe=is_moe)
     if is_moe:
         for part in ("gathered tokens", "experts"):
@@ -125,6 +127,8 @@ def stage_bytes(
     # Two more norms and the projection of both; one norm's input the output layer has, too.
     kept += stage.mtp * (6.0 * hidden + 8) * tokens / layout.tensor
     kept += 8.0 * tokens if stage.embedding else 0.0
+    if not stage.output:  # what went to the next stage stays until its gradient comes
+        kept += 2.0 * hidden * tokens / layout.tensor
     passing = 6.0 * hidden  # of experts: three copies of the gathered tokens
     if has_experts:
         passing *= architecture.num_experts_per_token * layout.expert_load
@@ -135,7 +139,7 @@ def stage_bytes(
         logits = layout.micro_batch_size * heads * rows * layout.sequence_length
         transient = max(transient, 6.0 * logits)  # bf16, and fp32 of the same
     if layout.has_full_recompute and stage.dense + stage.moe + stage.mtp > 0:
-        whole = _without_recompute(layout)
+        whole = dataclasses.replace(layout, recompute=frozenset())
         transient += of_layer(has_experts, whole)
     if stage.output:
         norm = (4.0 * hidden + 4) * tokens / layout.tensor
@@ -164,9 +168,3 @@ def _projection_inputs(architecture: Architecture, *, is_moe: bool) -> float:
     experts = visited * (hidden + architecture.expert_hidden_size)
     shared = architecture.shared_hidden_size
     return attention + experts + (hidden + shared if shared else 0)
-
-
-def _without_recompute(layout: Layout) -> Layout:
-    import dataclasses
-
-    return dataclasses.replace(layout, recompute=frozenset())

@@ -2,8 +2,8 @@
 
 Sources, in short:
 
-- peers: `measured.py`, figures of one H200 with torch 2.11, Transformer Engine 2.11, megatron-core
-  0.16.1 and CUDA 13.0.
+- peers: measured on one H200 on 2026-11-23, with torch 2.11, Transformer Engine 2.11, megatron-core
+  0.16.1 and CUDA 13.0; whole steps of it are in `measured.py`.
 - cards: `benchmarks/results/`, of one H100.
 - DeepEP: its README, on H800; UCCL-EP: its README, the same measurement on H200.
 
@@ -88,8 +88,8 @@ TRANSFORMER_ENGINE = Implementation(
     grouped_experts=True,
     max_logits=False,
     deduplicates=False,
-    # Of measured.LAYERS: 22 ms of a layer of 128 experts, whatever the number of tokens below 32K,
-    # in bf16, and 61 in fp8. What of that does not depend on experts is our estimate.
+    # peers: a layer's 128 experts take 22 ms in bf16, and 61 in fp8, whatever the number of tokens
+    # below 32K. What of that does not depend on the number of experts is our estimate.
     host_moe=4e-3,
     host_expert={"bf16": 0.14e-3, "fp8": 0.45e-3},
     # Of measured.SLICES, bf16 at 2 x 4096: 30 ms a layer of experts, and 37 ms beside those.

@@ -53,11 +53,11 @@ def ring(size: float, group: int, stride: int, machine: Machine) -> Message:
     return Message(nvlink=sent if in_node > 1 else 0.0, network=sent / in_node)
 
 
-def tensor_parallel(architecture: Architecture, layout: Layout, machine: Machine) -> list[float]:
-    """Seconds-free sizes: bytes of a layer's gathers and scatters, [attention, feed-forward].
+def tensor_parallel(architecture: Architecture, layout: Layout) -> list[float]:
+    """Bytes of what one layer gathers and scatters in a forward pass: [attention, feed-forward].
 
     Sequence parallelism gathers the input of projections split by columns and scatters the sum of
-    those split by rows; once each forward, and backward three for these two.
+    those split by rows.
     """
     if layout.tensor == 1:
         return [0.0, 0.0]

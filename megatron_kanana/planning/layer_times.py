@@ -134,7 +134,7 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
     host *= job.machine.host_time
     parts["host"] = host * (FORWARD_SHARE_OF_HOST if forward else 1 - FORWARD_SHARE_OF_HOST)
     has_split = not is_moe or architecture.shared_hidden_size > 0
-    attention, feed_forward = tensor_parallel(architecture, layout, job.machine)
+    attention, feed_forward = tensor_parallel(architecture, layout)
     size = attention + (feed_forward if has_split else 0.0)
     parts["messages: tensor parallelism"] = _seconds(
         job, tensor_parallel_message(size, layout, job.machine, forward=forward)

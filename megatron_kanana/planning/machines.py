@@ -39,11 +39,10 @@ class Machine:
     host_time: float
 
 
-# Dense rates are half of the data sheets' figures with sparsity. Memory: what nvidia-smi shows.
-# NVLink: half of the data sheets' figures, which add both directions. Network: one ConnectX-7 of
-# 400 Gbit/s a GPU, as in a DGX H100 or H200 (DGX user guides); a DGX B200 has the same. Disk: our
-# choice, 40 GB/s for the whole cluster, one scalable unit of the DGX SuperPOD reference's standard
-# storage (RA-11333); every cluster differs, so give your own.
+# Dense rates are half of the data sheets' figures with sparsity. Memory: the total capacity that
+# torch's messages state. NVLink: half of the data sheets' figures, which add both directions.
+# Network: one ConnectX-7 of 400 Gbit/s a GPU, as in a DGX H100, H200 or B200 (DGX user guides).
+# Disk: an assumption for the whole cluster; every one differs, so give your own.
 # Host: fitted to the one published run that launching bounds, Qwen3-235B on 256 H100 with TP4, PP8
 # and EP8 (measured.PUBLISHED), as nobody states it; the slices' machine is 1.
 _NETWORK = 50e9
@@ -54,7 +53,7 @@ MACHINES: Mapping[str, Machine] = {
     # NVIDIA H100 Tensor Core GPU data sheet, SXM5: 1979 TFLOP/s bf16 and 3958 fp8 with sparsity,
     # 80 GB at 3.35 TB/s, NVLink 900 GB/s.
     "h100": Machine(
-        "h100", 989.5e12, 1979e12, 79.6 * 2**30, 3.35e12, 450e9, _NETWORK, 8, _DISK, _HOST
+        "h100", 989.5e12, 1979e12, 79.2 * 2**30, 3.35e12, 450e9, _NETWORK, 8, _DISK, _HOST
     ),
     # NVIDIA H200 Tensor Core GPU data sheet, SXM: rates of the H100, 141 GB at 4.8 TB/s.
     "h200": Machine(
@@ -63,7 +62,7 @@ MACHINES: Mapping[str, Machine] = {
     # NVIDIA DGX B200 data sheet, one of its 8 GPUs: 72 PFLOP/s fp8 with sparsity in all, 180 GB at
     # 8 TB/s (64 TB/s in all), NVLink 1.8 TB/s. No number in calibration.py was measured on one.
     "b200": Machine(
-        "b200", 2250e12, 4500e12, 178.4 * 2**30, 8.0e12, 900e9, _NETWORK, 8, _DISK, _HOST
+        "b200", 2250e12, 4500e12, 178.3 * 2**30, 8.0e12, 900e9, _NETWORK, 8, _DISK, _HOST
     ),
 }
 

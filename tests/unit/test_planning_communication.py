@@ -116,7 +116,7 @@ def test_one_process_sends_nothing() -> None:
     assert ring(1e9, 1, 1, H200) == Message(0, 0)
     assert dispatch(SMALL, alone, H200, TRANSFORMER_ENGINE) == Message(0, 0)
     assert pipeline_message(SMALL, alone, H200) == Message(0, 0)
-    assert tensor_parallel(SMALL, alone, H200) == [0, 0]
+    assert tensor_parallel(SMALL, alone) == [0, 0]
 
 
 def test_pipeline_sends_hidden_states() -> None:
@@ -128,7 +128,7 @@ def test_pipeline_sends_hidden_states() -> None:
 
 def test_tensor_parallelism_gathers_inputs_and_scatters_sums() -> None:
     chosen = layout(tensor=4)
-    attention, feed_forward = tensor_parallel(SMALL, chosen, H200)
+    attention, feed_forward = tensor_parallel(SMALL, chosen)
     tokens = chosen.tokens
     assert attention == 2 * tokens * ((64 + 32 + 8) + 64)  # input, latent, rotary key; output
     assert feed_forward == 2 * tokens * (64 + 64)
