@@ -54,6 +54,7 @@ def prepare_device(settings: Settings, environment: Environment) -> Device:
     end_children_with_me()
     quiet_libraries()
     if kind == "cuda":
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the watchdog reads it
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
         torch_device = torch.device("cuda", local_rank)

@@ -1,11 +1,13 @@
 """Which process of a run that stands still the others wait for, and in which operation.
 
 What a process does is read from the Python stacks of its threads, by another of its threads: that
-costs nothing while all is well, and works while the main thread waits in a collective operation.
+costs nothing while all is well, and works while the main thread waits in a collective operation. On
+GPUs, where Python is ahead of the kernels, it is read from torch's flight recorder of NCCL.
 """
 
 from __future__ import annotations
 
+import json
 import linecache
 import sys
 import threading
@@ -81,7 +83,23 @@ def current_operation(main_thread: int) -> tuple[Operation | None, str]:
         found = _waiting_frame(frame)
         if found is not None:
             return _operation(found), at
-    return None, at
+    return recorded_operation(at), at
+
+
+def recorded_operation(at: str) -> Operation | None:
+    """The first of NCCL's operations that has not ended, by torch's flight recorder."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    if dump is None:
+        return None
+    trace = json.loads(dump(includeCollectives=True, onlyActive=True))
+    entries = [entry for entry in trace.get("entries", ()) if entry["state"] != "completed"]
+    if not entries:
+        return None
+    first = min(entries, key=lambda entry: entry["record_id"])
+    group = trace["pg_config"].get(str(first["process_group"][0]), {})
+    shapes = ", ".join(map(str, first["input_sizes"]))
+    ranks = tuple(json.loads(group.get("ranks", "[]")))
+    return Operation(first["profiling_name"], ranks, shapes, at)
 
 
 def _waiting_frame(frame: FrameType | None) -> FrameType | None:

@@ -1,12 +1,11 @@
 """Ends a run that stands still, so that it can be started again, and says why it did.
 
-Each process has a thread that tells the others, by way of torch's store, that it lives. A process
-that has not begun a new step (or evaluation, or save) for too long raises the alarm: every process
-writes its Python stacks into the run's folder and tells what it waits for; the first to raise the
-alarm finds out whom they wait for; and all leave with status 86, after those that do not answer
-have been killed by the ones on their machine. Where this thread itself cannot run, because another
-one keeps Python's lock or the store keeps silent, faulthandler's takes its place: it writes the
-stacks to stderr and ends the process.
+Each process has a thread that looks into torch's store for an alarm. A process that has not begun a
+new step (or evaluation, or save) for too long raises it: every process tells what it waits for; the
+first to raise the alarm finds out for whom; those that do not answer are killed by the ones on
+their machine; and all write their Python stacks into the run's folder and leave with status 86.
+Where this thread itself cannot run, because another one keeps Python's lock or the store keeps
+silent, faulthandler's takes its place: it writes the stacks to stderr and ends the process.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from megatron_kanana.config.watchdog_settings import HANGS
 from megatron_kanana.device.process import start_name
 
 from .processes import Place, kill, state_of, this_place
-from .standstill import Operation, Report, culprits, current_operation, describe
+from .standstill import Operation, Report, current_operation, describe
 from .stragglers import OwnTime
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,6 @@ class Watchdog:
         self._phase, self._since, self._limit = "start-up", time.monotonic(), 0.0
         self._in_step = False
         self._store: Any = None
-        self._beats = 0
         timeout = self.settings.timeout
         self._beat_seconds = min(max(timeout / 20, _SHORTEST_BEAT), _LONGEST_BEAT)
         self.enter("start-up")
@@ -110,6 +108,12 @@ class Watchdog:
         self._in_step, self._is_first = in_step, False
 
     def _watch(self) -> None:
+        try:
+            self._look()
+        finally:  # without this thread nobody would put it off
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look(self) -> None:
         next_beat = 0.0
         last = time.monotonic()
         while not self._stopped.wait(SAMPLE_SECONDS):
@@ -131,7 +135,6 @@ class Watchdog:
         if self._store is None:
             self._store = self._connect()
             self._store.set(f"place/{self._rank}", json.dumps(dataclasses.asdict(this_place())))
-        self._beats += 1
         if self._store.check(["alarm"]):
             self._answer(int(self._store.get("alarm")))
 
@@ -169,7 +172,6 @@ class Watchdog:
     def _leave_alone(self) -> None:
         """Without the others: they are none, or the store does not answer."""
         report = self._own_report()
-        self._dump_stacks()
         where = f"in {report.operation}" if report.operation else f"at {report.at}"
         text = f"rank {self._rank} waits {where}"
         if self._world_size > 1:
@@ -178,15 +180,16 @@ class Watchdog:
                 " the first node or rank 0, or its node is frozen or gone"
             )
         self._tell(text)
+        self._dump_stacks()
         os._exit(HUNG)
 
     def _answer(self, first: int) -> None:
         """Tell what this process does, hear or find the verdict, and leave."""
-        self._dump_stacks()
         answer = dataclasses.asdict(self._own_report())
         if self._try(lambda: self._store.set(f"report/{self._rank}", json.dumps(answer))):
             judge = self._judge if first == self._rank else self._hear
             self._try(judge)
+        self._dump_stacks()  # at the end, as the run's folder may be what hangs
         os._exit(HUNG)
 
     def _own_report(self) -> Report:
@@ -204,12 +207,10 @@ class Watchdog:
         places = {rank: place for rank in ranks if (place := self._place_of(rank)) is not None}
         here = socket.gethostname()
         states = {r: state_of(places[r]) for r in missing if r in places and places[r].host == here}
-        self._tell(describe(reports, {r: str(p) for r, p in places.items()}, states))
-        self._store.set("culprits", json.dumps(culprits(reports)))
-        self._store.set(
-            "silent", json.dumps([dataclasses.asdict(places[r]) for r in missing & places.keys()])
-        )
+        silent = [dataclasses.asdict(places[rank]) for rank in missing & places.keys()]
+        self._store.set("silent", json.dumps(silent))
         self._hear()
+        self._tell(describe(reports, {r: str(p) for r, p in places.items()}, states))
 
     def _hear(self) -> None:
         """Wait for the verdict, and kill those on this machine that do not answer."""
@@ -249,4 +250,5 @@ class Watchdog:
         )
         print(text, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # it is on the terminal
+            (self._folder / start_name()).mkdir(parents=True, exist_ok=True)
             (self._folder / start_name() / "report.txt").write_text(text + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -19,7 +20,13 @@ from megatron_kanana.training import gpu_scores, processes
 from megatron_kanana.training.deadline import Deadline
 from megatron_kanana.training.interruption import Interruption
 from megatron_kanana.training.processes import Place, this_place
-from megatron_kanana.training.standstill import Operation, Report, culprits, describe
+from megatron_kanana.training.standstill import (
+    Operation,
+    Report,
+    culprits,
+    describe,
+    recorded_operation,
+)
 from megatron_kanana.training.stragglers import times_median
 
 PLACES = {rank: f"n{rank}, process {100 + rank}" for rank in range(4)}
@@ -129,6 +136,28 @@ def test_a_signal_during_start_up_ends_the_process_with_its_status(
             os.kill(os.getpid(), number)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
+def test_on_gpus_the_first_operation_that_has_not_ended_is_read_from_the_flight_recorder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the form of torch's documentation; only builds with NCCL have it."""
+    entries: list[dict[str, Any]] = [
+        {"record_id": 9, "state": "scheduled", "profiling_name": "nccl:all_reduce"},
+        {"record_id": 8, "state": "started", "profiling_name": "nccl:all_to_all"},
+        {"record_id": 7, "state": "completed", "profiling_name": "nccl:broadcast"},
+    ]
+    for entry in entries:
+        entry |= {"process_group": ["3", "EXPERT"], "input_sizes": [[16, 64]]}
+    trace = {"entries": entries, "pg_config": {"3": {"desc": "EXPERT", "ranks": "[0, 2]"}}}
+    c10d = torch._C._distributed_c10d
+    monkeypatch.setattr(
+        *(c10d, "_dump_nccl_trace_json", lambda **_: json.dumps(trace).encode()), raising=False
+    )
+    operation = recorded_operation("here.py:1")
+    assert operation == Operation("nccl:all_to_all", (0, 2), "[16, 64]", "here.py:1")
+    trace["entries"] = []
+    assert recorded_operation("here.py:1") is None
 
 
 class FakeDetector:
