@@ -1,13 +1,12 @@
 """Kills at random instants, until every phase and layout has seen many.
 
     python -m tests.faults.campaign --kills 200 [--seed 1] [--layouts ep2 pp2]
+    python -m tests.faults.campaign --freezes 6 --signals 12 --card fault_signals_cpu
 
-    python -m tests.faults.campaign --freezes 6 --card frozen_ranks_cpu
-
-Each layout's undisturbed run is made first. Disturbed runs follow, each with several SIGKILLs or
-with one rank frozen by SIGSTOP, and each must end as the undisturbed one: all tensors of its last
-checkpoint bit by bit, its ledger, metrics.jsonl, the samples that each step has fed. The watchdog
-must name a frozen rank. The result is the card `fault_campaign_cpu`.
+Each layout's undisturbed run is made first. Disturbed runs follow, each with several SIGKILLs, with
+one rank frozen by SIGSTOP, or with several SIGUSR1. Each must end as the undisturbed one: all
+tensors of its last checkpoint bit by bit, its ledger, metrics.jsonl, the samples that each step has
+fed. The watchdog must name a frozen rank. The result is the card `fault_campaign_cpu`.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from tests.launch import CONFIG_DIR
 STEPS = 16
 LENGTH = 32
 KILLS_OF_A_RUN = 10
+SIGNALS_OF_A_RUN = 4
 FROZEN_SECONDS = 5
 """The watchdog's limit where a rank is frozen."""
 
@@ -69,12 +69,14 @@ class Result:
         problems: by name of the run; empty where all ended as the undisturbed one.
         freezes: ranks that were frozen, one a run.
         noticed: seconds from each freeze to the watchdog's report.
+        signals: SIGUSR1 to a rank.
     """
 
     runs: int = 0
     kills: list[Kill] = field(default_factory=list)
     freezes: list[Kill] = field(default_factory=list)
     noticed: list[float] = field(default_factory=list)
+    signals: list[Kill] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -142,6 +144,16 @@ class Campaign:
                 elif report is not None:
                     result.noticed.append(report.stat().st_mtime - freeze.at)
                 print(text)
+
+    def interrupt(self, name: str, signals: int, result: Result) -> None:
+        """Send SIGUSR1 to runs of a layout until so many were sent."""
+        number = 0
+        while len(result.signals) < signals and number < 2 * signals:
+            wanted = min(SIGNALS_OF_A_RUN, signals - len(result.signals))
+            run_name = f"{name}_signalled_{number}"
+            run = self._disturb(name, run_name, wanted, result, number=signal.SIGUSR1)
+            result.signals += run.kills
+            number += 1
 
     def undisturbed(self, layout: str) -> Outcome:
         """The layout's run that nobody disturbs, made at first use."""
@@ -225,6 +237,12 @@ def rows(results: dict[str, Result]) -> list[Row]:
         title = f"from freeze to report (watchdog.timeout={FROZEN_SECONDS} s)"
         table += _times(title, noticed)
         table += _times("from freeze to next step", [each.restart_seconds for each in freezes])
+    for name, result in results.items():
+        if result.signals:
+            left = [each.left_seconds for each in result.signals]
+            title = f"{LAYOUTS[name].title}: from SIGUSR1 until all had saved and left"
+            table += [Row(f"{LAYOUTS[name].title}: SIGUSR1", "signals", len(left))]
+            table += _times(title, left)
     return table
 
 
@@ -254,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill processes at random instants.")
     parser.add_argument("--kills", type=int, default=0, help="SIGKILLs over all layouts")
     parser.add_argument("--freezes", type=int, default=0, help="runs with a frozen rank")
+    parser.add_argument("--signals", type=int, default=0, help="SIGUSR1 over all layouts")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--folder", type=Path, help="keep the runs here")
@@ -266,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for index, (name, result) in enumerate(results.items()):
             campaign.kill(name, _share(options.kills, index, len(results)), result)
             campaign.freeze(name, _share(options.freezes, index, len(results)), result)
+            campaign.interrupt(name, _share(options.signals, index, len(results)), result)
     for name, result in results.items():
         for run, problems in result.problems.items():
             print(f"{name} {run}: {json.dumps(problems, indent=2)}")

@@ -1,4 +1,4 @@
-"""Running the main job under torchrun while its processes are killed or frozen."""
+"""Running the main job under torchrun while its processes are killed, frozen or signalled."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_kanana.config.exit_status import SAVED_FOR_ANOTHER_START
 from megatron_kanana.config.saved import whole_steps
 from tests.faults.train_observed import read_state
 from tests.launch import ROOT
 
-DELAYS = {"starting": 2.0, "step": 0.2, "saving": 0.1, "background": 0.03}
+DELAYS = {"starting": 2.0, "step": 0.2, "saving": 0.1, "background": 0.03, "evaluation": 0.05}
 """When a phase is met, the kill comes after a random part of these seconds."""
 
 VICTIMS = {"rank": 80, "all ranks": 8, "torchrun": 7, "writer": 5}
@@ -33,7 +34,7 @@ _ORPHAN_SECONDS = 5.0
 
 @dataclass
 class Kill:
-    """One SIGKILL, or SIGSTOP.
+    """One SIGKILL, SIGSTOP or SIGUSR1.
 
     Attributes:
         wanted: phase that was waited for.
@@ -41,6 +42,7 @@ class Kill:
         victim: key of `VICTIMS`.
         step: of the victim.
         at: seconds since 1970.
+        left_seconds: until all had saved and left, after SIGUSR1.
         restart_seconds: until the first step after it began; None where another kill came before.
     """
 
@@ -51,6 +53,7 @@ class Kill:
     step: int
     restart_seconds: float | None = None
     at: float = 0.0
+    left_seconds: float | None = None
 
 
 class DisturbedRun:
@@ -63,7 +66,8 @@ class DisturbedRun:
         processes: of the run.
         kills: signals to send at most; none are left when the run ends before.
         randomness: chooses phases, delays and victims.
-        number: what is sent. SIGSTOP freezes single ranks during steps.
+        number: what is sent. SIGSTOP freezes single ranks during steps;
+            SIGUSR1 makes all save and leave.
     """
 
     def __init__(
@@ -107,7 +111,9 @@ class DisturbedRun:
                 if launcher.poll() is not None:
                     if launcher.returncode == 0:
                         break
-                    if launcher.returncode != -signal.SIGKILL:
+                    if launcher.returncode == SAVED_FOR_ANOTHER_START and self.kills:
+                        self.kills[-1].left_seconds = time.monotonic() - self._killed_at
+                    elif launcher.returncode != -signal.SIGKILL:
                         self.problems.append(f"torchrun ended with {launcher.returncode}")
                         break
                     self._wait_for_orphans()
@@ -142,18 +148,19 @@ class DisturbedRun:
 
     def _plan(self) -> Kill:
         victim = self._random.choices(list(VICTIMS), list(VICTIMS.values()))[0]
-        phases = list(DELAYS)
+        phases = [phase for phase in DELAYS if phase != "evaluation"]  # few runs have many
         if self.kills and self.kills[-1].victim == "writer":
             phases.remove("starting")  # nothing starts again
         wanted = self._random.choice(phases) if victim != "writer" else "background"
         if self._number == signal.SIGSTOP:
             victim, wanted = "rank", "step"
+        elif self._number == signal.SIGUSR1:
+            victim, wanted = "rank", self._random.choice(["step", "saving", "evaluation"])
         rank = self._random.randrange(self._processes)
         # Else all kills would come at the first steps.
         saved = max(whole_steps(self.run_dir / "checkpoints"), default=0)
-        self._not_before = (
-            0 if wanted == "starting" else saved + self._random.randint(1, MOST_STEPS)
-        )
+        at_once = wanted in ("starting", "evaluation")
+        self._not_before = 0 if at_once else saved + self._random.randint(1, MOST_STEPS)
         return Kill(wanted, wanted, victim, rank, 0)
 
     def _phase(self, rank: int) -> tuple[int, str, int] | None:
