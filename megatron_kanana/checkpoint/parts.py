@@ -49,14 +49,15 @@ class Plan:
     """A checkpoint that megatron-core has planned and nobody has written.
 
     Attributes:
-        buckets: gives the files of this process, with their content in memory of the CPU.
+        take_buckets: gives the files of this process, once, with their content in memory of the
+            CPU.
         num_bytes: of the tensors of this process.
         common: what is the same on every process; the first one writes it.
         writer: writes `.metadata` on the first process.
         metadata: what `.metadata` says beside the places of the pieces; None elsewhere.
     """
 
-    buckets: Callable[[], Sequence[Bucket]]
+    take_buckets: Callable[[], Sequence[Bucket]]
     num_bytes: int
     common: dict[str, Any]
     writer: StorageWriter
@@ -74,10 +75,15 @@ def plan(state: ShardedStateDict, folder: Path) -> Plan:
     strategy = _PlanningStrategy("torch_dist", 1)
     strategy.async_save(sharded, folder)
     writer, metadata = strategy.planned
-    buckets = writer.write_buckets
-    num_bytes = sum(tensor.nbytes for *_, (_, tensors) in buckets for _, tensor in tensors)
-    # Pinned copies of CUDA tensors, or the tensors of a CPU as they are.
-    return Plan(lambda: writer.preload_tensors(buckets), num_bytes, common, writer, metadata)
+    contents = [tensors for *_, (_, tensors) in writer.write_buckets]
+    num_bytes = sum(tensor.nbytes for tensors in contents for _, tensor in tensors)
+
+    def take_buckets() -> Sequence[Bucket]:
+        taken, writer.write_buckets = writer.write_buckets, []  # frees what lies on a GPU
+        copies: Sequence[Bucket] = writer.preload_tensors(taken)
+        return copies
+
+    return Plan(take_buckets, num_bytes, common, writer, metadata)
 
 
 class _PlanningStrategy(TorchDistSaveShardedStrategy):

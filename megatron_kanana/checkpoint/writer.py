@@ -33,12 +33,15 @@ from .folders import discard_old, discard_partial, partial_path, publish
 from .free_space import describe, free_bytes, readable
 from .local_tier import LocalWriter, local_directory
 from .parts import Plan, WrittenPart, gather_parts, plan, write_buckets
-from .stages import Stages, agree, gathered_errors
+from .stages import POLL_SECONDS, Stages, agree, gathered_errors
 from .state import Run, saved_state
 from .torch_dist_blocks import COMMON_FILE, FORMAT, FORMAT_FILE
 from .verification import on_first_rank
 
 logger = logging.getLogger(__name__)
+
+VISIBLE_SECONDS = 30.0
+"""How long a network's file system may take to show on one node what another has made."""
 
 SLOW_SECONDS = 5.0
 """Time that a save may wait for the one before without a word about slow storage."""
@@ -119,13 +122,15 @@ class CheckpointWriter:
             return
         if not self._agreed(step, self._make_folder(partial)):
             return
+        if not self._agreed(step, _invisible(partial)):
+            return
         planned = plan(saved_state(run), partial)
         (num_bytes,) = agree(self._device, planned.num_bytes)
         if not self._agreed(step, self._lack_of_space(num_bytes)):
             return
         self._last_saved = step
         content = _common_bytes(planned) if dist.get_rank() == 0 else b""
-        buckets = planned.buckets()
+        buckets = planned.take_buckets()
         ledger = run.ledger
 
         def write_part() -> WrittenPart:
@@ -310,6 +315,16 @@ class CheckpointWriter:
             self._save.stages.stop()
         if self._local is not None:
             self._local.stop()
+
+
+def _invisible(folder: Path) -> str | None:
+    """What hinders this rank from seeing a folder that the first one has made."""
+    until = time.monotonic() + VISIBLE_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            return f"{folder} is not there: checkpoint.directory must lie on shared storage"
+        time.sleep(POLL_SECONDS)
+    return None
 
 
 def _is_due(step: int, interval: int) -> bool:

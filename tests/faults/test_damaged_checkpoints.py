@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kanana.checkpoint.newest import newest_whole
-from megatron_kanana.checkpoint.verification import CheckpointError, verify_alone
+from megatron_kanana.checkpoint.verification import CheckpointError, ensure_whole, verify_alone
 from megatron_kanana.config import Settings
 from megatron_kanana.config.manifest import MANIFEST_FILE, seal
 from megatron_kanana.config.saved import damaged_folders, read_settings, whole_steps
@@ -92,6 +92,18 @@ def test_run_without_a_whole_checkpoint_stops_and_nothing_is_renamed(
     assert "remedy: put a copy of one of them back" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert whole_steps(folder) == [damage.OLDER, damage.NEWER]
+
+
+def test_checkpoint_that_was_asked_for_has_no_substitute(run: tuple[Settings, Path]) -> None:
+    folder = run[1]
+    checkpoint = folder / NEWER
+    with damage.alone():
+        ensure_whole(checkpoint)
+        damage.do_damage(Case("bit flipped", "__0_0.distcp", 9_000), checkpoint, folder)
+        ensure_whole(checkpoint, contents=False)
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp has another content"):
+            ensure_whole(checkpoint)
+    assert checkpoint.is_dir()
 
 
 def test_run_whose_checkpoints_were_all_put_aside_does_not_start_anew(
