@@ -91,6 +91,7 @@ class DisturbedRun:
             *("--start-method=fork", "--run-path", str(ROOT / "tests/faults/train_observed.py")),
             *(str(folder), *arguments),
         ]
+        self._in_background = "checkpoint.asynchronous=false" not in arguments
         self._processes = processes
         self._wanted_kills = kills
         self._random = randomness
@@ -149,6 +150,9 @@ class DisturbedRun:
     def _plan(self) -> Kill:
         victim = self._random.choices(list(VICTIMS), list(VICTIMS.values()))[0]
         phases = [phase for phase in DELAYS if phase != "evaluation"]  # few runs have many
+        if not self._in_background:
+            phases.remove("background")
+            victim = "rank" if victim == "writer" else victim
         if self.kills and self.kills[-1].victim == "writer":
             phases.remove("starting")  # nothing starts again
         wanted = self._random.choice(phases) if victim != "writer" else "background"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_kanana.config.exit_status import START
 from megatron_kanana.training.interruption import Interruption
-from tests.launch import free_ports, run_python, train_in_turn
+from tests.launch import CONFIG_DIR, free_ports, run_python, train_in_turn
 
 
 def test_a_signal_to_one_process_makes_all_save_after_the_same_step_and_go_on_bit_by_bit(
@@ -89,3 +89,18 @@ def test_the_launcher_outlives_a_signal_restarts_what_died_and_passes_the_last_s
     names = starts.read_text().split()
     assert len(names) == 2  # what left on purpose is not started again
     assert names[0] != names[1]
+
+
+def test_a_run_leaves_before_its_time_limit_to_be_started_again(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    """A minute is kept free for the first checkpoint: of the two there is none."""
+    overrides = [
+        *("--config-dir", str(CONFIG_DIR), "experiment=small", "watchdog.time_limit='0:00:02'"),
+        *(f"output_dir={tmp_path}", f"data.cache_dir={cache_dir}", "run_name=limited"),
+    ]
+    finished = run_python("-m", "megatron_kanana.train", *overrides)
+    assert finished.returncode == 85, finished.stdout + finished.stderr
+    assert "the time limit is near: saving" in finished.stderr
+    saved = [folder.name for folder in (tmp_path / "limited" / "checkpoints").iterdir()]
+    assert saved == ["step_00000001"]
