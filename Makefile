@@ -34,7 +34,7 @@ train: $(READY)
 test: lint
 ifeq ($(PYTEST_ARGS),)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile tests/unit tests/kernels tests/model tests/conversion tests/fuzz
-	$(RUN) pytest tests/end_to_end tests/parallel
+	$(RUN) pytest tests/end_to_end tests/parallel tests/faults
 else
 	$(RUN) pytest $(PYTEST_ARGS)
 endif
