@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_kanana.checkpoint.local_tier import run_folder
+from megatron_kanana.config.exit_status import WRONG_CONFIGURATION
 from tests.faults.damage import settings_of_run
 from tests.faults.test_failed_saves import Job, run_jobs, same_end
 
@@ -75,10 +76,15 @@ def test_run_goes_on_from_the_newest_state_that_every_node_has(
     content[len(content) // 2] ^= 4
     state.write_bytes(content)
 
+    shutil.copytree(folder / "cut_off", folder / "lost")
+    for step in ("step_00000002", "step_00000004"):
+        (folder / "lost" / "checkpoints" / step / "__1_0.distcp").unlink()
+
     alike = ("whole", "new_disk", "damaged")
     jobs: dict[str, Any] = {name: ({}, with_local_tier(folder)) for name in alike}
     other = with_local_tier(folder, "parallel.tensor_parallel_size=1")
-    ended = run_jobs(folder, cache_dir, {**jobs, "other_layout": ({}, other)}, processes=2)
+    jobs |= {"other_layout": ({}, other), "lost": ({}, BOTH)}
+    ended = run_jobs(folder, cache_dir, jobs, processes=2)
     assert f"loaded {part(folder, 'whole', 0)}: step 5," in ended["whole"].said
     for name in ("new_disk", "damaged", "other_layout"):
         assert f"loaded {ended[name].checkpoints}/step_00000004: step 4," in ended[name].said
@@ -86,5 +92,10 @@ def test_run_goes_on_from_the_newest_state_that_every_node_has(
     assert "rank 1's state.pt has another content than what was saved" in ended["damaged"].said
     for rank in range(2):
         assert part(folder, "damaged", rank).with_suffix(".damaged").is_dir()
+    assert ended["lost"].status == WRONG_CONFIGURATION
+    assert f"No checkpoint in {ended['lost'].checkpoints} is whole" in ended["lost"].said
+    assert ended["lost"].said.count("__1_0.distcp is missing") == 2
+    assert "Traceback" not in ended["lost"].said
+    assert ended["lost"].names == ["step_00000002", "step_00000004"]
     for name in alike:
         assert same_end(ended[name].checkpoints, begun["undisturbed"].checkpoints)
