@@ -5,7 +5,6 @@ megatron-core's own background writers wait for ever for one of their processes 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_kanana.device.orphans import end_with_parent
+
 from .free_space import describe
 
-PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 5.0
 """How long a process that was killed may take to end; one that waits for a dead disk cannot."""
 
@@ -96,10 +96,7 @@ class Work:
 
 def _report(function: Callable[[], Any], sender: Connection, parent: int) -> None:
     """In the forked process: do the work and report."""
-    # What its rank left half done, the next start deletes; it must not be written to after that.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_parent(parent)
     for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # its rank answers them
         signal.signal(each, signal.SIG_IGN)
     # A forked process must not finalise what belongs to the other, such as CUDA tensors.

@@ -9,8 +9,10 @@ import pytest
 
 from megatron_kanana.checkpoint.folders import (
     discard_old,
+    discard_partial,
     partial_path,
     publish,
+    set_aside,
 )
 from megatron_kanana.config.saved import whole_path, whole_steps
 
@@ -59,3 +61,27 @@ def test_an_interrupted_deletion_leaves_no_broken_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         discard_old(tmp_path, keep_last=1, keep_every=0)
     assert whole_steps(tmp_path) == [20]
+
+
+def test_what_interruptions_left_goes_and_whole_checkpoints_stay(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    for step in (15, 20):
+        partial_path(tmp_path, step).mkdir()
+        (partial_path(tmp_path, step) / "data").write_text("half")
+    (tmp_path / "step_00000005.damaged").mkdir()
+    discard_partial(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_00000005.damaged", "step_00000010"]
+    discard_partial(tmp_path / "nothing")
+
+
+def test_each_checkpoint_put_aside_has_a_name_of_its_own(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        save(tmp_path, 10, str(number))
+        set_aside(whole_path(tmp_path, 10), "damaged")
+    found = {path.name: (path / "data").read_text() for path in tmp_path.iterdir()}
+    assert found == {
+        "step_00000010.damaged": "1",
+        "step_00000010.damaged.2": "2",
+        "step_00000010.damaged.3": "3",
+    }
