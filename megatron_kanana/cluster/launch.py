@@ -25,6 +25,7 @@ import torch
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 
@@ -35,6 +36,9 @@ from megatron_kanana.config.exit_status import (
     WITHOUT_RESTART,
     WRONG_CONFIGURATION,
 )
+
+SECONDS_TO_SAVE = 600
+"""After SIGTERM to torchrun, which hands it on; torchrun's own 30 are short for a checkpoint."""
 
 
 class Agent(LocalElasticAgent):
@@ -70,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run torchrun; returns the exit status of its first process that failed, or 0."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.environ[LAUNCH_TIME] = str(time.time())
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     vars(api)["LocalElasticAgent"] = Agent  # torchrun has no option for it
     options = run.parse_args(arguments)
     if options.start_method == "fork":
@@ -79,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         _load_libraries()
     try:
         run.run(options)
+    except SignalException as error:
+        return 128 + int(error.sigval)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != SAVED_FOR_ANOTHER_START:
