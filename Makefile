@@ -30,11 +30,10 @@ NATIVE := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h)
 train: $(READY)
 	$(ONE_THREAD) $(RUN) torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m megatron_kanana.train $(ARGS)
 
-# Tests that start several processes run one after another; the others share the cores.
+# Two files of tests at a time, those that take long first.
 test: lint
 ifeq ($(PYTEST_ARGS),)
-	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile tests/unit tests/kernels tests/model tests/conversion tests/fuzz
-	$(RUN) pytest tests/end_to_end tests/parallel tests/faults
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile tests/faults tests/end_to_end tests/parallel tests/model tests/conversion tests/fuzz tests/kernels tests/unit
 else
 	$(RUN) pytest $(PYTEST_ARGS)
 endif

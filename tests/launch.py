@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "tests" / "configs"
-TIMEOUT_SECONDS = 150
+TIMEOUT_SECONDS = 300
 
 
 @dataclass
