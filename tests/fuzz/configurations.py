@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -27,7 +28,7 @@ SECONDS = 60.0
 FILE_NAME = "fuzz"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Leaf:
     """A setting that holds a value.
 
@@ -107,6 +108,7 @@ JUNK = (
 )
 
 
+@functools.cache  # making one takes longer than to draw from it
 def values(leaf: Leaf) -> st.SearchStrategy[Any]:
     """Values of the right type, mostly within the limits."""
     return _of_type(leaf.hint, leaf.metadata)
@@ -145,6 +147,7 @@ def _numbers(hint: Any, metadata: Mapping[str, Any]) -> st.SearchStrategy[Any]:
     return integers | st.floats() | st.floats(0, 1)
 
 
+@functools.cache
 def texts() -> st.SearchStrategy[str]:
     """Names of the folder, and any text."""
     return st.sampled_from(JUNK) | st.text(max_size=12) | st.from_regex(r"\A[a-z_]{1,9}\Z")
@@ -168,10 +171,15 @@ def _quoted(text: str) -> str:
 
 def _assignments() -> st.SearchStrategy[str]:
     leaf = st.sampled_from(LEAVES)
-    good = leaf.flatmap(lambda each: values(each).map(lambda v: f"{each.name}={_written(v)}"))
+    good = leaf.flatmap(_assigned)
     junk = st.builds(lambda each, text: f"{each.name}={text}", leaf, st.sampled_from(JUNK))
     quoted = st.builds(lambda each, text: f"{each.name}={_quoted(text)}", leaf, texts())
     return good | good | junk | quoted
+
+
+@functools.cache
+def _assigned(leaf: Leaf) -> st.SearchStrategy[str]:
+    return values(leaf).map(lambda value: f"{leaf.name}={_written(value)}")
 
 
 def _names() -> st.SearchStrategy[str]:

@@ -13,7 +13,7 @@ from megatron_kanana.data.builtin import BuiltinData
 from tests.fuzz.campaign import Outcome, fuzz_configurations, fuzz_inputs
 from tests.fuzz.inputs import check_input, make_special_files, readers, write_good_files
 
-CONFIGURATIONS = 150
+CONFIGURATIONS = 300
 INPUTS = 400
 SEED = 7
 
