@@ -2,7 +2,7 @@
 # What the scripts of this folder share; each reads it first.
 #
 #   sbatch 06_stage_1.sbatch             the 155B, on nodes of eight H200s; submit from this folder
-#   DRY_RUN=1 bash 06_stage_1.sbatch     anywhere: show the commands and check the configuration
+#   DRY_RUN=1 bash 06_stage_1.sbatch     anywhere: show the commands, check the configuration
 #   SCALE=tiny bash 06_stage_1.sbatch    a model of 0.7 million parameters on this machine's CPU
 #
 # SBATCH_PARTITION, SBATCH_ACCOUNT and their like are sbatch's own variables.
@@ -66,10 +66,8 @@ tiny)
     TINY=_tiny # recipes of the same names, in the folder tiny
     export OMP_NUM_THREADS=1
     export PYTHONWARNINGS="ignore:Transformer Engine" # which no CPU has
-    WHERE=(
-        --config-dir "$EXAMPLE/tiny" cluster=local device=cpu
-        cluster.gpus_per_node=0 "cluster.processes_per_node=${PROCESSES:-2}"
-    )
+    WHERE=(--config-dir "$EXAMPLE/tiny" device=cpu)
+    PROCESSES=2
     LAYOUT=()
     # Half of the text is what the model will have to do, so that its few entries are whole words of it.
     VOCABULARY=(--vocab-size 1536 --max-bytes 2e6 --special-slots 32)
@@ -79,8 +77,7 @@ tiny)
     )
     WIDTHS=(64 128)
     RATES=(1e-2 4e-2 1.6e-1)
-    # So short a sweep shows how it is done; its law holds for nothing.
-    LAW=(--tokens 143360 --min-r-squared 0)
+    LAW=(--tokens 143360)
     PUBLISHED_RATE=4e-3
     SWEEP_END=40
     STAGE_1_END=15
@@ -125,9 +122,15 @@ run() {
 # Train, with the words of tools/submit.py; nothing after it in a script is reached. In a job of SLURM
 # it becomes the job's batch script, with pre-flight, signals and requeueing (docs/cluster.md).
 train() {
-    local command=(python tools/submit.py "${WHERE[@]}" "output_dir=$RUNS" "$@")
+    local command=(python tools/submit.py)
+    if [[ $SCALE == tiny ]]; then # what submit.py would start on this machine
+        command=(python -m megatron_kanana.cluster.launch --standalone
+            "--nproc-per-node=$PROCESSES" -m megatron_kanana.train)
+    fi
+    command+=("${WHERE[@]}" "output_dir=$RUNS" "$@")
     show "${command[@]}"
     if [[ -n $DRY_RUN ]]; then
+        [[ $SCALE == full ]] || exit 0
         exec "${command[@]}" --dry-run --without-files >/dev/null
     fi
     [[ $SCALE == tiny ]] || command+=(--in-job)
@@ -144,7 +147,7 @@ pretrain() { # pretrain STEP
         rate=$PUBLISHED_RATE
     fi
     train "experiment=$PRETRAINING$TINY" "${LAYOUT[@]}" "optimizer.learning_rate=$rate" \
-        "schedule.minimum_learning_rate=$(awk "BEGIN { print $rate / 10 }")" "stop_after_step=$1"
+        "schedule.minimum_learning_rate=$(awk "BEGIN { printf \"%.10g\", $rate / 10 }")" "stop_after_step=$1"
 }
 
 # Stop with one message where something is missing, such as the result of an earlier script.

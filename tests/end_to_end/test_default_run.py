@@ -111,12 +111,12 @@ def test_what_is_printed_is_progress_and_nothing_else(run: DefaultRun) -> None:
     assert not noise, run.finished.stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_generate_continues_a_text_in_any_layout(run: DefaultRun, processes: int) -> None:
+def test_generate_continues_a_text_in_another_layout(run: DefaultRun) -> None:
+    """On one process it answers in the last of the scripts that test_examples.py runs."""
     finished = run_python(
         *("tools/generate.py", str(run.checkpoint), "--prompt", "import ", "--max-tokens", "12"),
-        *("device=cpu", f"parallel.tensor_parallel_size={processes}"),
-        processes=processes,
+        *("device=cpu", "parallel.tensor_parallel_size=2"),
+        processes=2,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("import ")
