@@ -118,7 +118,10 @@ class CheckpointWriter:
         started = time.monotonic()
         partial = partial_path(self.directory, step)
         if on_first_rank(whole_path(self.directory, step).exists):
-            self._last_saved = step  # the run has been at this step before, or starts there
+            # The run has been at this step before; or the process that gave it its name was
+            # killed before it could say so.
+            self._last_saved = step
+            self._failure = ""
             return
         if not self._agreed(step, self._make_folder(partial)):
             return
@@ -254,7 +257,10 @@ class CheckpointWriter:
         entries |= sync_files(partial, [".metadata", FORMAT_FILE])
         write_manifest(partial, entries)
         publish(self.directory, step)
-        discard_old(self.directory, self.settings.keep_last, self.settings.keep_every)
+        try:
+            discard_old(self.directory, self.settings.keep_last, self.settings.keep_every)
+        except OSError as error:
+            logger.warning("an old checkpoint cannot be deleted: %s", describe(error))
 
     def _succeed(self, save: _Save) -> None:
         self._failed_in_a_row = 0
@@ -273,11 +279,10 @@ class CheckpointWriter:
     def _fail(self, step: int, errors: list[str]) -> None:
         """Give the space back, tell, and stop if the settings say so; every rank calls this."""
         dist.barrier()  # until nobody writes any more
-        left = ""
+        left = unharmed = ""
         if dist.get_rank() == 0:
-            partial = partial_path(self.directory, step)
-            shutil.rmtree(partial, ignore_errors=True)
-            left = f"; {partial} is still there" if partial.exists() else ""
+            left = _remove(partial_path(self.directory, step))
+            unharmed = _unharmed(self.directory)
         self._failed_in_a_row += 1
         limit = self.settings.max_failed_saves
         stops = self.settings.on_save_failure == "stop" or self._failed_in_a_row >= limit
@@ -285,7 +290,7 @@ class CheckpointWriter:
             [
                 f"The checkpoint of step {step} could not be saved in {self.directory}{left}:",
                 *(f"  {error}" for error in errors),
-                f"  {self._unharmed()}",
+                f"  {unharmed}",
                 "  remedy: make room there, or make it writable; or name another folder with"
                 " checkpoint.directory and start from the last checkpoint with checkpoint.load",
             ]
@@ -304,17 +309,31 @@ class CheckpointWriter:
                 limit,
             )
 
-    def _unharmed(self) -> str:
-        steps = whole_steps(self.directory)
-        if not steps:
-            return "no earlier checkpoint exists"
-        return f"the checkpoint before, {whole_path(self.directory, steps[-1])}, is as it was"
-
     def _stop(self) -> None:
         if self._save is not None:
             self._save.stages.stop()
         if self._local is not None:
             self._local.stop()
+
+
+def _remove(partial: Path) -> str:
+    """Delete what was written of a checkpoint; what to say if that cannot be done."""
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        return f"; {partial} is still there" if partial.exists() else ""
+    except OSError:
+        return ""
+
+
+def _unharmed(directory: Path) -> str:
+    """What to say of the checkpoints before."""
+    try:
+        steps = whole_steps(directory)
+    except OSError as error:
+        return f"earlier checkpoints cannot be seen: {describe(error)}"
+    if not steps:
+        return "no earlier checkpoint exists"
+    return f"the checkpoint before, {whole_path(directory, steps[-1])}, is as it was"
 
 
 def _invisible(folder: Path) -> str | None:
