@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_kanana.checkpoint.hugging_face import to_hugging_face, to_megatron
 from megatron_kanana.checkpoint.hugging_face.safetensors_source import dequantize
+from megatron_kanana.config.manifest import seal
 from tests.checkpoints import saved_tensors
 from tests.conversion.folders import CONFIG, Tensors, random_tensors, write_folder
 from tools.convert_checkpoint import main
@@ -117,6 +118,7 @@ def test_gains_of_a_zero_centred_model_are_stored_less_one(tmp_path: Path) -> No
     settings = checkpoint / "settings.yaml"
     text = settings.read_text()
     settings.write_text(text.replace("zero_centered_gamma: false", "zero_centered_gamma: true"))
+    seal(checkpoint)
     assert convert("to-hf", "--megatron", checkpoint, "--out", tmp_path / "back") == 0
     back = loaded(tmp_path / "back")
     for name, tensor in tensors.items():
