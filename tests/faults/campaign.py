@@ -135,15 +135,14 @@ class Campaign:
         for number in range(freezes):
             run = self._disturb(name, f"{name}_frozen_{number}", 1, result, number=signal.SIGSTOP)
             result.freezes += run.kills
+            reports = {path: path.read_text() for path in run.run_dir.glob("hangs/*/report.txt")}
             for freeze in run.kills:
-                report = next(run.run_dir.glob("hangs/*/report.txt"), None)
-                text = report.read_text() if report else "no report"
-                if f"rank {freeze.rank} (" not in text or "it is stopped" not in text:
-                    problem = f"rank {freeze.rank} was frozen, the watchdog said: {text}"
+                named = [path for path in reports if _names(reports[path], freeze.rank)]
+                result.noticed += [path.stat().st_mtime - freeze.at for path in named]
+                if len(named) != 1:
+                    problem = f"rank {freeze.rank} was frozen, the watchdog said: {reports}"
                     result.problems.setdefault(run.run_dir.name, []).append(problem)
-                elif report is not None:
-                    result.noticed.append(report.stat().st_mtime - freeze.at)
-                print(text)
+            print(*reports.values(), sep="\n")
 
     def interrupt(self, name: str, signals: int, result: Result) -> None:
         """Send SIGUSR1 to runs of a layout until so many were sent."""
@@ -294,6 +293,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row.name}: {row.ours:g} {row.unit}")
     print(f"card: {write_card(options.card, table)}")
     return int(any(result.problems for result in results.values()))
+
+
+def _names(report: str, rank: int) -> bool:
+    """Whether the watchdog's report names the rank, and it alone, as frozen."""
+    silent = [line for line in report.splitlines() if "does not answer" in line]
+    return len(silent) == 1 and silent[0].startswith(f"rank {rank} (") and "stopped" in silent[0]
 
 
 def _share(total: int, index: int, parts: int) -> int:

@@ -43,7 +43,7 @@ def test_a_frozen_rank_is_named_killed_and_the_run_ends_as_the_undisturbed_one(
     campaign.freeze("ep2", 1, result)
     assert not result.problems, f"seed {campaign.seed}"
     assert len(result.noticed) == 1
-    report = next(campaign.folder.glob("runs/ep2_frozen_0/hangs/*/report.txt"))
+    (report,) = campaign.folder.glob("runs/ep2_frozen_0/hangs/*/report.txt")
     (freeze,) = result.freezes
     other = 1 - freeze.rank
     assert f"rank {other} waits in step" in report.read_text()
