@@ -3,7 +3,7 @@
 #
 #   sbatch 06_stage_1.sbatch             the 155B, on nodes of eight H200s; submit from this folder
 #   DRY_RUN=1 bash 06_stage_1.sbatch     anywhere: show the commands, check the configuration
-#   SCALE=tiny bash 06_stage_1.sbatch    a model of 0.7 million parameters on this machine's CPU
+#   SCALE=tiny bash 06_stage_1.sbatch    a model of 0.74 million parameters on this machine's CPU
 #
 # SBATCH_PARTITION, SBATCH_ACCOUNT and their like are sbatch's own variables.
 # shellcheck disable=SC2034 # the scripts use what is set here
