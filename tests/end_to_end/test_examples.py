@@ -20,7 +20,7 @@ import transformers
 from megatron_kanana.config import load_settings, read_settings
 from megatron_kanana.config.batch_sizes import samples_of_steps
 from megatron_kanana.config.environment import Environment
-from tests.launch import ROOT, Finished
+from tests.launch import ROOT, Finished, run_python
 
 EXAMPLE = ROOT / "examples" / "kanana_2_155b_a17b"
 SCRIPTS = sorted(EXAMPLE.glob("*.sbatch"))
@@ -181,6 +181,13 @@ def test_a_script_of_the_real_run_is_not_started_by_hand() -> None:
     finished = bash("06_stage_1.sbatch")
     assert finished.returncode == 2
     assert "sbatch 06_stage_1.sbatch" in finished.stderr
+
+
+@pytest.mark.parametrize("option", ["--in-job", "--without-files"])
+def test_options_of_submit_that_the_scripts_use_need_their_place(option: str) -> None:
+    finished = run_python("tools/submit.py", option)
+    assert finished.returncode == 2
+    assert f"{option} " in finished.stderr.splitlines()[-1]
 
 
 class TinyRun:
