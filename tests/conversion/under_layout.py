@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_kanana import device
 from megatron_kanana.config import detect_environment, read_settings, saved_settings
+from megatron_kanana.config.manifest import seal
 
 
 def run(case: dict[str, str], overrides: list[str]) -> None:
@@ -42,8 +43,6 @@ def run(case: dict[str, str], overrides: list[str]) -> None:
         if result is not None and dist.get_rank() == dist.get_world_size() - 1:
             torch.save(result, case["logits"])
     if "save" in case:
-        from megatron.core import dist_checkpointing
-
         folder = Path(case["save"])
         if dist.get_rank() == 0:
             folder.mkdir()
@@ -51,7 +50,23 @@ def run(case: dict[str, str], overrides: list[str]) -> None:
                 if (checkpoint / name).is_file():
                     shutil.copyfile(checkpoint / name, folder / name)
         dist.barrier()
-        dist_checkpointing.save(model_state(chunks), str(folder))
+        save(model_state(chunks), folder)
+
+
+def save(state: dict[str, Any], folder: Path) -> None:
+    """Make a checkpoint of weights; every process must call this."""
+    from megatron_kanana.checkpoint.parts import gather_parts, plan, write_buckets
+    from megatron_kanana.checkpoint.torch_dist_blocks import COMMON_FILE, FORMAT, FORMAT_FILE
+
+    planned = plan(state, folder)
+    parts = gather_parts(write_buckets(planned.take_buckets()))
+    if parts is not None:
+        assert planned.metadata is not None
+        planned.writer.finish(planned.metadata, [part.results for part in parts])
+        torch.save(planned.common, folder / COMMON_FILE)
+        (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
+        seal(folder)
+    dist.barrier()
 
 
 def logits(chunk: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor | None:
