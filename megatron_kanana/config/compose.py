@@ -19,7 +19,7 @@ from .checks import check
 from .cluster_settings import ClusterSettings
 from .environment import Environment
 from .fields import build
-from .interpolations import check_interpolations, check_plain, texts
+from .interpolations import check_defaults, check_interpolations, check_plain, texts
 from .problems import ConfigurationError, Problem
 from .schema import Settings
 
@@ -172,6 +172,9 @@ def _compose(
     choices: Sequence[str], config_dir: str | None, problems: list[Problem]
 ) -> DictConfig | None:
     """Compose the groups; None on failure."""
+    if config_dir and (faults := list(check_defaults(Path(config_dir)))):
+        problems += faults
+        return None
     search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

@@ -14,6 +14,9 @@ from .problems import Problem
 
 T = TypeVar("T")
 
+LONGEST_NAME = 255
+"""Bytes between two slashes, as Linux has it."""
+
 
 def setting(
     default: Any = dataclasses.MISSING,
@@ -177,3 +180,6 @@ def _check_characters(
     if strange := [each for each in found if each not in allowed]:
         reason = f"holds the character U+{ord(strange[0]):04X}"
         problems.append(Problem(path, ascii(value), reason, "leave it out"))
+    elif not allowed and max(map(len, value.encode().split(b"/"))) > LONGEST_NAME:
+        reason = f"is longer than the {LONGEST_NAME} bytes that a file's name may have"
+        problems.append(Problem(path, f"{value[:60]}…", reason, "shorten it"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
@@ -33,6 +35,23 @@ def check_interpolations(config: DictConfig) -> Iterator[Problem]:
                     f" {', '.join(ALLOWED_RESOLVERS)}",
                     "write the value, ${another.setting} or ${oc.env:VARIABLE}",
                 )
+
+
+def check_defaults(config_dir: Path) -> Iterator[Problem]:
+    """No file's `defaults` has an interpolation: over one that leads to itself Hydra never ends."""
+    for path in sorted(config_dir.glob("*/*.yaml")):
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):  # Hydra tells, if it is used
+            continue
+        defaults = values.get("defaults") if isinstance(values, dict) else None
+        if "${" in str(defaults):
+            yield Problem(
+                f"defaults of {path}",
+                defaults,
+                "an interpolation cannot stand in the choices of groups",
+                "name the choices",
+            )
 
 
 def check_plain(values: Any) -> Iterator[Problem]:

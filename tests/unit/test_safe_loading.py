@@ -245,6 +245,15 @@ def test_yaml_files_construct_nothing(tmp_path: Path) -> None:
     assert not made.exists()
 
 
+def test_choices_that_lead_to_themselves_end(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "own.yaml"
+    path.write_text("defaults:\n  - /model: ${model}\n")
+    assert f"defaults of {path}" in refused(["model=own"], tmp_path)
+    path.write_text("defaults:\n  - own\n")
+    assert "config groups" in refused(["model=own"], tmp_path)
+
+
 TEMPLATES = (
     "{{ cycler.__init__.__globals__.os.system('touch MADE') }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",

@@ -37,6 +37,9 @@ LAUNCH = {
     "line break in a name, which stands in batch scripts": Bad(
         ("run_name='a\nb'",), "run_name", "'a\\nb'", "leave it out"
     ),
+    "name longer than a file's may be": Bad(
+        (f"run_name={'x' * 300}",), "run_name", "xxx…", "shorten it"
+    ),
     "half of a surrogate pair": Bad(
         ("data.cache_dir='\ud83d'",), "data.cache_dir", "'\\ud83d'", "leave it out"
     ),
