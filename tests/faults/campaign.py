@@ -199,7 +199,7 @@ class Campaign:
             f"checkpoint.asynchronous={str(asynchronous).lower()}",
         ]
         if number == signal.SIGSTOP:
-            arguments += [f"watchdog.timeout={FROZEN_SECONDS}", "watchdog.long_timeout=120"]
+            arguments += [f"watchdog.timeout={FROZEN_SECONDS}", "watchdog.long_timeout=60"]
         randomness = random.Random(f"{self.seed} {run_name}")
         processes = LAYOUTS[layout].processes
         run = DisturbedRun(observed, run_dir, arguments, processes, kills, randomness, number)

@@ -186,6 +186,8 @@ class DisturbedRun:
         state = self._phase(plan.rank)
         if state is None or launcher.poll() is not None:
             return False
+        if self._number == signal.SIGSTOP and (state[1] == "saving" or state[2] < 2):
+            return False  # saves and first steps have a limit of their own
         pid, plan.phase, plan.step = state
         pids = [pid]
         if plan.victim == "all ranks":

@@ -46,7 +46,7 @@ def test_a_frozen_rank_is_named_killed_and_the_run_ends_as_the_undisturbed_one(
     (report,) = campaign.folder.glob("runs/ep2_frozen_0/hangs/*/report.txt")
     (freeze,) = result.freezes
     other = 1 - freeze.rank
-    assert f"rank {other} waits in step" in report.read_text()
+    assert f"rank {other} waits in " in report.read_text()
     stacks = (report.parent / f"stacks_of_rank_{other}.txt").read_text()
     assert "distributed_c10d.py" in stacks
     assert not (report.parent / f"stacks_of_rank_{freeze.rank}.txt").exists()
