@@ -141,8 +141,8 @@ def _cut_compressed(path: Path, kind: str, compression: str, max_bytes: int) -> 
                 data += _rest_of_record(file, kind) if data else b""
             except OSError as error:
                 raise ValueError(
-                    f"{path} is damaged or cut short after {start:,} bytes of text ({one_line(error)});"
-                    " repair it or leave it out"
+                    f"{path} is damaged or cut short after {start:,} bytes of text"
+                    f" ({one_line(error)}); repair it or leave it out"
                 ) from error
             if not data:
                 return
