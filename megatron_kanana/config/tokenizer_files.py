@@ -70,7 +70,9 @@ def open_hugging_face(folder: Path) -> tuple[tokenizers.Tokenizer, SpecialIds]:
         raise ValueError(f"{folder} has no {TOKENIZER_JSON}")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
-    except Exception as error:  # the library raises no narrower class
+    except BaseException as error:  # the library raises no narrower class, and Rust's panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = one_line(error)
         raise ValueError(f"{folder / TOKENIZER_JSON} cannot be read: {reason}") from error
     return tokenizer, _special_ids(folder, tokenizer)

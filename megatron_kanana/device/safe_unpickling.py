@@ -87,6 +87,7 @@ def load_metadata(stream: io.IOBase, name: str) -> Metadata:
     gc.disable()  # which takes most of the time over millions of small objects
     try:
         description = _Unpickler(io.BytesIO(stream.read()), name).load()
+        whole = not isinstance(description, Metadata) or _is_whole(description)
     except (UnsafeFileError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle ends with errors of any class
@@ -97,11 +98,36 @@ def load_metadata(stream: io.IOBase, name: str) -> Metadata:
             gc.enable()
     if not isinstance(description, Metadata):
         raise UnsafeFileError(f"{name} is not the description of a checkpoint{_REMEDY}")
+    if not whole:
+        raise pickle.UnpicklingError(f"{name} is damaged: its records lack something")
     for place in (description.storage_data or {}).values():
         file = PurePath(place.relative_path)
         if file.is_absolute() or ".." in file.parts:
             raise UnsafeFileError(f"{name} names {file}, outside its folder{_REMEDY}")
     return description
+
+
+def _is_whole(description: Metadata) -> bool:
+    """Whether the records that are read have what they are read for."""
+    tensors = [
+        entry
+        for entry in description.state_dict_metadata.values()
+        if not isinstance(entry, metadata.BytesStorageMetadata)
+    ]
+    sizes = [tensor.size for tensor in tensors]
+    for tensor in tensors:
+        sizes += [size for chunk in tensor.chunks for size in (chunk.offsets, chunk.sizes)]
+    return (
+        all(isinstance(size, torch.Size) for size in sizes)
+        and all(isinstance(tensor.properties.dtype, torch.dtype) for tensor in tensors)
+        and all(
+            isinstance(index.fqn, str)
+            and isinstance(place.relative_path, str)
+            and isinstance(place.offset, int)
+            and isinstance(place.length, int)
+            for index, place in (description.storage_data or {}).items()
+        )
+    )
 
 
 def force_weights_only() -> None:

@@ -118,6 +118,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another architecture": (changed_config(model_type="llama"), "model_type = 'llama'"),
     "a missing field": (changed_config(kv_lora_rank="deleted"), "kv_lora_rank is missing"),
+    "a number for the rotary embedding": (
+        changed_config(rope_scaling=4.9),
+        "the rotary embedding 4.9 is no JSON object",
+    ),
     "text for a number": (changed_config(hidden_size="wide"), "model.hidden_size = wide"),
     "text for the number of layers": (
         changed_config(num_hidden_layers="two"),

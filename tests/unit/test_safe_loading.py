@@ -78,6 +78,8 @@ def test_a_description_that_calls_is_refused(name: str, protocol: int, tmp_path:
         b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",  # an array of a terabyte
         b"\x80\x04\x8d\xff\xff\xff\xff\xff\x00\x00\x00x.",  # a text of a terabyte
         b"cos\nsystem\n",
+        pickled(ordinary()).replace(b"properties", b"properthes"),
+        pickled(ordinary()).replace(b"relative_path", b"relative_pith"),
     ],
 )
 def test_a_damaged_description_takes_no_memory_and_is_refused(content: bytes) -> None:

@@ -155,6 +155,9 @@ def model_settings(
 def _rotary_settings(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Our rotary settings, from transformers 5's `rope_parameters` or the older two fields."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        problems.append(f"config.json: the rotary embedding {rope!r:.40} is no JSON object")
+        return {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     ours: dict[str, Any] = {
         "rotary_base": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
