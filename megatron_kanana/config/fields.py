@@ -17,6 +17,9 @@ T = TypeVar("T")
 LONGEST_NAME = 255
 """Bytes between two slashes, as Linux has it."""
 
+LONGEST_TEXT = 1024
+"""Bytes of a text, so that a path of several is one that Linux takes: 4,096."""
+
 
 def setting(
     default: Any = dataclasses.MISSING,
@@ -180,6 +183,9 @@ def _check_characters(
     if strange := [each for each in found if each not in allowed]:
         reason = f"holds the character U+{ord(strange[0]):04X}"
         problems.append(Problem(path, ascii(value), reason, "leave it out"))
-    elif not allowed and max(map(len, value.encode().split(b"/"))) > LONGEST_NAME:
-        reason = f"is longer than the {LONGEST_NAME} bytes that a file's name may have"
+    elif not allowed and (
+        len(value.encode()) > LONGEST_TEXT
+        or max(map(len, value.encode().split(b"/"))) > LONGEST_NAME
+    ):
+        reason = f"is longer than {LONGEST_TEXT} bytes, or than the {LONGEST_NAME} of a file's name"
         problems.append(Problem(path, f"{value[:60]}…", reason, "shorten it"))

@@ -40,6 +40,9 @@ LAUNCH = {
     "name longer than a file's may be": Bad(
         (f"run_name={'x' * 300}",), "run_name", "xxx…", "shorten it"
     ),
+    "path longer than paths may be": Bad(
+        (f"output_dir={'a/' * 2500}",), "output_dir", "a/a/a", "shorten it"
+    ),
     "half of a surrogate pair": Bad(
         ("data.cache_dir='\ud83d'",), "data.cache_dir", "'\\ud83d'", "leave it out"
     ),
