@@ -33,7 +33,7 @@ train: $(READY)
 # Two files of tests at a time, those that take long first.
 test: lint
 ifeq ($(PYTEST_ARGS),)
-	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile tests/faults tests/end_to_end tests/parallel tests/model tests/conversion tests/fuzz tests/kernels tests/unit
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/end_to_end tests/parallel tests/model tests/conversion tests/fuzz tests/kernels tests/unit
 else
 	$(RUN) pytest $(PYTEST_ARGS)
 endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -14,8 +15,8 @@ def gradient_norm(optimizer: Any) -> float:
 
     It is the same on every process, and not finite if any gradient of any process is not.
     """
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    found_nonfinite = optimizer.prepare_grads()
+    return math.nan if found_nonfinite else float(optimizer.get_grad_norm())
 
 
 def update_weights(optimizer: Any, norm: float) -> None:

@@ -95,7 +95,7 @@ def fuzz_configurations(examples: int, number: int, folder: Path) -> Outcome:
 
 
 def fuzz_inputs(examples: int, number: int, folder: Path) -> Outcome:
-    """Read random damaged inputs.
+    """Read random damaged inputs, as many of each kind.
 
     Args:
         examples: how many.
@@ -103,7 +103,6 @@ def fuzz_inputs(examples: int, number: int, folder: Path) -> Outcome:
         folder: with good files, see `inputs.write_good_files`.
     """
     readers = inputs.readers(folder)
-    places = [(name, file) for name, reader in readers.items() for file in reader.files]
 
     def damaged(place: tuple[str, str]) -> st.SearchStrategy[tuple[str, str, bytes]]:
         name, file = place
@@ -113,8 +112,12 @@ def fuzz_inputs(examples: int, number: int, folder: Path) -> Outcome:
         name, file, content = example
         return name, inputs.check_input(readers[name], file, content, folder)
 
-    strategy = st.sampled_from(places).flatmap(damaged)
-    return _run(examples, number, strategy, check, inputs.SECONDS)
+    outcome = Outcome()
+    for turn, (name, reader) in enumerate(readers.items()):
+        share = examples // len(readers) + (turn < examples % len(readers))
+        strategy = st.sampled_from([(name, file) for file in reader.files]).flatmap(damaged)
+        outcome += _run(share, number, strategy, check, inputs.SECONDS)
+    return outcome
 
 
 def _run(

@@ -46,7 +46,7 @@ ENDINGS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: os.kill(os.getpid(), signal.SIGKILL),
         "ended by SIGKILL, most often for lack of memory",
     ),
-    "ended": (lambda: os.kill(os.getpid(), signal.SIGQUIT), "ended by SIGQUIT"),
+    "ended": (lambda: os.kill(os.getpid(), signal.SIGUSR2), "ended by SIGUSR2"),
     "left": (lambda: os._exit(3), "ended with status 3 and without a word"),
 }
 
