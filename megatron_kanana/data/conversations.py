@@ -54,7 +54,7 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeError) as error:
         raise ValueError(f"{path} is no parquet file: {one_line(error)}") from error
     number = 0
     try:

@@ -99,12 +99,13 @@ def open_parquet(path: Path, text_key: str) -> Any:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        schema = file.schema_arrow
+        names = schema.names
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         raise ValueError(f"{path} is no parquet file: {one_line(error)}") from error
-    schema = file.schema_arrow
-    if text_key not in schema.names:
+    if text_key not in names:
         raise ValueError(
-            f"{path}: has no column {text_key!r}, but {schema.names}; give the right --text-key"
+            f"{path}: has no column {text_key!r}, but {names}; give the right --text-key"
         )
     column_type = schema.field(text_key).type
     if pyarrow.types.is_dictionary(column_type):
