@@ -110,9 +110,12 @@ class SentencePieceTokenizer:
         self.stop_ids = frozenset([self.eod])
         ids = range(self.vocab_size)
         try:
-            control = [self.name_of(id) for id in ids if self._processor.is_control(id)]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is damaged: a control piece is not UTF-8") from error
+            names = [self.name_of(id) for id in ids]
+        except UnicodeDecodeError:
+            names = []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} is damaged: a piece is not UTF-8")
+        control = [name for id, name in enumerate(names) if self._processor.is_control(id)]
         longest_first = sorted(control, key=len, reverse=True)
         self._control_names = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()

@@ -176,7 +176,8 @@ def test_the_versions_of_gpu_nodes_fit_one_another(tmp_path: Path) -> None:
     )
     report = json.loads((tmp_path / "report.json").read_text())
     found = {
-        each["metadata"]["name"].lower(): each["metadata"]["version"] for each in report["install"]
+        each["metadata"]["name"].lower().replace("_", "-"): each["metadata"]["version"]
+        for each in report["install"]
     }
     assert found["torch"] == "2.13.0"
     assert found["nvidia-cudnn-cu13"]

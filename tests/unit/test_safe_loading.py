@@ -30,6 +30,7 @@ from megatron_kanana.config import (
     write_settings,
 )
 from megatron_kanana.config.saved import SETTINGS_FILE
+from megatron_kanana.data.builtin import BuiltinData
 from megatron_kanana.data.chat import ChatTemplate
 from megatron_kanana.data.epochs import Epochs, SampleOrder
 from megatron_kanana.data.tokenizer import load_tokenizer
@@ -254,6 +255,13 @@ def test_choices_that_lead_to_themselves_end(tmp_path: Path) -> None:
     assert f"defaults of {path}" in refused(["model=own"], tmp_path)
     path.write_text("defaults:\n  - own\n")
     assert "config groups" in refused(["model=own"], tmp_path)
+
+
+def test_a_tokenizer_with_a_damaged_piece_is_refused(builtin: BuiltinData, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.model"
+    path.write_bytes(builtin.tokenizer.read_bytes().replace(b"<unk>", b"<\xf5nk>"))
+    with pytest.raises(ValueError, match=r"damaged.model is damaged: a piece is not UTF-8"):
+        load_tokenizer(path)
 
 
 TEMPLATES = (
