@@ -1,14 +1,18 @@
 """Builds the native operations of csrc/; everything else is in pyproject.toml."""
 
+from glob import glob
+
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+CPU_SOURCES = [path for path in sorted(glob("csrc/*/*.cpp")) if not path.endswith("_cuda.cpp")]
 
 setup(
     ext_modules=[
         CppExtension(
             name="megatron_kanana._native",
-            sources=["csrc/cpu/causal_softmax.cpp", "csrc/ops/causal_softmax.cpp"],
-            depends=["csrc/cpu/causal_softmax.h"],
+            sources=CPU_SOURCES,
+            depends=glob("csrc/*/*.h"),
             extra_compile_args=[
                 *("-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Werror"),
                 "-Wno-unused-parameter",  # torch's own headers have some
