@@ -1,18 +1,19 @@
 """Builds the native operations of csrc/; everything else is in pyproject.toml."""
 
-from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-CPU_SOURCES = [path for path in sorted(glob("csrc/*/*.cpp")) if not path.endswith("_cuda.cpp")]
+CSRC = Path("csrc")
+CPU_SOURCES = [path for path in sorted(CSRC.glob("*/*.cpp")) if not path.stem.endswith("_cuda")]
 
 setup(
     ext_modules=[
         CppExtension(
             name="megatron_kanana._native",
-            sources=CPU_SOURCES,
-            depends=glob("csrc/*/*.h"),
+            sources=[str(path) for path in CPU_SOURCES],
+            depends=[str(path) for path in CSRC.glob("*/*.h")],
             extra_compile_args=[
                 *("-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Werror"),
                 "-Wno-unused-parameter",  # torch's own headers have some
