@@ -1,0 +1,64 @@
+#include "flash_attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "flash_attention_target.h"
+
+namespace megatron_kanana::cpu {
+namespace {
+
+// A head's backward pass is cut where there are fewer heads than this, each cut at most so often:
+// every chunk has gradients of all queries to itself.
+constexpr int64_t kWantedPieces = 16;
+constexpr int64_t kMostChunks = 8;
+constexpr int64_t kLeastChunkKeys = 512;
+
+const FlashAttentionTarget& choose_target() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  const char* const capability = std::getenv("ATEN_CPU_CAPABILITY");
+  const bool no_avx2 = capability != nullptr && std::strcmp(capability, "default") == 0;
+  const bool no_avx512 = no_avx2 || (capability != nullptr && std::strcmp(capability, "avx2") == 0);
+  if (!no_avx512 && __builtin_cpu_supports("avx512f")) return kAvx512;
+  if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kBaseline;
+}
+
+const FlashAttentionTarget& target() {
+  static const FlashAttentionTarget& chosen = choose_target();
+  return chosen;
+}
+
+}  // namespace
+
+const char* instruction_set() { return target().name; }
+
+int64_t forward_pieces_of_head(const FlashAttentionProblem& problem) {
+  return problem.padded_length() / target().column;
+}
+
+int64_t forward_scratch(const ForwardBuffers& buffers) { return target().forward_scratch(buffers); }
+
+int64_t backward_scratch(const BackwardBuffers& buffers) {
+  return target().backward_scratch(buffers);
+}
+
+void forward_piece(const FlashAttentionProblem& problem, const ForwardBuffers& buffers,
+                   int64_t piece, float* scratch) {
+  target().forward_piece(problem, buffers, piece, scratch);
+}
+
+int64_t backward_chunks(const FlashAttentionProblem& problem) {
+  const int64_t heads = problem.batch * problem.key_heads;
+  const int64_t wanted = std::min((kWantedPieces + heads - 1) / heads, kMostChunks);
+  return std::clamp<int64_t>(problem.length / kLeastChunkKeys, 1, wanted);
+}
+
+void backward_piece(const FlashAttentionProblem& problem, const BackwardBuffers& buffers,
+                    int64_t piece, float* scratch) {
+  target().backward_piece(problem, buffers, piece, scratch);
+}
+
+}  // namespace megatron_kanana::cpu
