@@ -1,0 +1,53 @@
+// What the forward and the backward of attention share: tiles in shared memory, rings of stages.
+#pragma once
+
+#include "sm90_wgmma.cuh"
+
+namespace megatron_kanana::sm90 {
+
+constexpr int kChunk = 64;  // columns of a swizzled chunk of 128 bytes
+constexpr float kLog2E = 1.44269504f;
+
+// Where a ring of stages stands: the stage, and the parity of the phase to wait for.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Writes a warpgroup's 64 rows of bf16, two columns packed, in swizzled chunks of 64 columns. The
+// order is that of an accumulator, and of the products' operand A.
+template <int kParts>
+__device__ __forceinline__ void stage_tile(uint32_t address, const uint32_t (&packed)[kParts][4]) {
+  const int lane = threadIdx.x % kWarp;
+  const int row = threadIdx.x % kWarpgroup / kWarp * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    const int column16 = 2 * i + lane / 16;  // in units of 8 columns, 16 bytes
+    const uint32_t place =
+        address + column16 / 8 * 64 * 128 + row * 128 + ((column16 % 8) ^ (row % 8)) * 16;
+    store_matrices(place, packed[i][0], packed[i][1], packed[i][2], packed[i][3]);
+  }
+}
+
+// The same of an accumulator, the upper and lower rows of each thread times a factor.
+template <int kCount>
+__device__ __forceinline__ void stage_rows(uint32_t address, const float (&values)[kCount],
+                                           float upper, float lower) {
+  uint32_t packed[kCount / 8][4];
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const float factor = i / 2 % 2 == 0 ? upper : lower;
+    packed[i / 8][i / 2 % 4] = pack_bf16(values[i] * factor, values[i + 1] * factor);
+  }
+  stage_tile(address, packed);
+}
+
+}  // namespace megatron_kanana::sm90
