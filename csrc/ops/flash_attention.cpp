@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
+#include <string>
 #include <tuple>
 
 #include "../cpu/head_rows.h"
@@ -209,6 +209,8 @@ TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
       "flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
       "Tensor out, Tensor logsumexp, float softmax_scale, bool causal, Tensor? documents, "
       "bool deterministic) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  library.def("cpu_instruction_set() -> str",
+              []() -> std::string { return cpu::instruction_set(); });
 }
 
 TORCH_LIBRARY_IMPL(megatron_kanana, CPU, library) {
