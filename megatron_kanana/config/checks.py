@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from .check_cluster import check_cluster
 from .check_files import check_checkpoint, check_data
+from .check_kernels import check_kernels
 from .check_layout import check_model, check_sharding, check_world
 from .check_order import check_growing_tokens
 from .check_watchdog import check_watchdog
@@ -37,6 +38,7 @@ def check(
     subjects = [
         check_versions,
         check_device,
+        check_kernels,
         check_model,
         check_sharding,
         check_world,
@@ -65,7 +67,7 @@ def check_versions(settings: Settings, environment: Environment) -> Iterator[Pro
 
 
 def check_device(settings: Settings, environment: Environment) -> Iterator[Problem]:
-    """The machine has what device, precision and kernels ask for."""
+    """The machine has what device and precision ask for."""
     device = resolve_device(settings.device, environment)
     if device == "cuda" and not environment.has_cuda:
         yield Problem("device", "cuda", "no CUDA device is visible", "set device=cpu or auto")
@@ -87,20 +89,6 @@ def check_device(settings: Settings, environment: Environment) -> Iterator[Probl
             "fp8",
             "the layers of this version compute in bf16 or fp32",
             "choose bf16",
-        )
-    backend = settings.kernels.backend
-    if backend == "sdpa" and device == "cpu":
-        yield Problem(
-            "kernels.backend", backend, "is for CUDA devices", "choose csrc, torch or auto"
-        )
-    if backend == "csrc" and device == "cuda":
-        yield Problem("kernels.backend", backend, "runs on CPUs only", "choose sdpa, torch or auto")
-    elif backend == "csrc" and not environment.has_native_library:
-        yield Problem(
-            "kernels.backend",
-            backend,
-            "the compiled operations are not built",
-            "run pip install --no-build-isolation -e . or choose torch or auto",
         )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from dataclasses import dataclass
-from pathlib import Path
+
+from megatron_kanana.native_library import NATIVE_LIBRARY
 
 TESTED_MEGATRON_CORE = ("0.16.1",)
 """Versions of megatron-core that the test suite or a committed card ran on."""
-
-NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
-"""The compiled operations of csrc/, built by `pip install` or `make`."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Environment:
         cuda_device_count: CUDA devices this process can see.
         megatron_core_version: installed version, or None.
         has_native_library: whether the compiled operations of csrc/ were built.
+        has_cudnn_frontend: whether the package nvidia-cudnn-frontend is installed.
+        has_transformer_engine: whether the package transformer-engine is installed.
     """
 
     world_size: int = 1
@@ -33,6 +34,8 @@ class Environment:
     cuda_device_count: int = 0
     megatron_core_version: str | None = TESTED_MEGATRON_CORE[0]
     has_native_library: bool = True
+    has_cudnn_frontend: bool = True
+    has_transformer_engine: bool = True
 
     @property
     def has_cuda(self) -> bool:
@@ -55,6 +58,8 @@ def detect_environment() -> Environment:
         cuda_device_count=torch.cuda.device_count(),
         megatron_core_version=megatron_core_version,
         has_native_library=NATIVE_LIBRARY.is_file(),
+        has_cudnn_frontend=importlib.util.find_spec("cudnn") is not None,
+        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     )
 
 

@@ -321,7 +321,11 @@ class KernelSettings:
     backend: str = setting(
         "auto",
         help="auto takes the fastest that works here and logs why",
-        choices=("auto", "csrc", "sdpa", "torch"),
+        choices=("auto", "csrc", "cudnn", "te", "sdpa", "torch"),
+    )
+    deterministic: bool = setting(
+        False,
+        help="attention's gradients have the same bits run to run; slower on a GPU",
     )
 
 

@@ -1,47 +1,80 @@
-"""Which implementation of the project's operations runs, and why."""
+"""Which implementation of attention runs, and why."""
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import logging
 
 import torch
 
-from megatron_kanana.config.environment import NATIVE_LIBRARY
+from megatron_kanana.native_library import HOPPER_ATTENTION_WIDTHS
+
+from .native import has_attention_for, native_library_error
 
 logger = logging.getLogger(__name__)
 
+_PACKAGES = {
+    "cudnn": ("cudnn", "nvidia-cudnn-frontend[cutedsl]"),
+    "te": ("transformer_engine", "transformer-engine[pytorch]"),
+}
 
-@functools.cache
-def native_library_error() -> str | None:
-    """Load the compiled operations once; None on success, else why they cannot be used."""
-    if not NATIVE_LIBRARY.is_file():
-        return f"{NATIVE_LIBRARY.name} is not built (pip install --no-build-isolation -e .)"
-    try:
-        torch.ops.load_library(str(NATIVE_LIBRARY))
-    except OSError as error:
-        return f"{NATIVE_LIBRARY.name} cannot be loaded: {error}"
+
+def choose_backend(
+    requested: str,
+    device_type: str,
+    *,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    deterministic: bool = False,
+) -> str:
+    """Pick the backend of attention once, at start-up, and log the reason.
+
+    Args:
+        requested: `kernels.backend`: 'auto', 'csrc', 'cudnn', 'te', 'sdpa' or 'torch'.
+        device_type: 'cuda' or 'cpu'.
+        dtype: what attention is computed in.
+        widths: of query and key, and of value, a head.
+        deterministic: `kernels.deterministic`.
+
+    Raises:
+        RuntimeError: what was asked for cannot be used here.
+    """
+    if requested == "auto":
+        error = _csrc_error(device_type, dtype, widths)
+        other = "torch" if device_type == "cpu" or deterministic else "sdpa"
+        backend, reason = ("csrc", "compiled operations found") if error is None else (other, error)
+    else:
+        backend, reason = requested, "asked for by kernels.backend"
+        error = _error(requested, device_type, dtype, widths)
+        if error is not None:
+            raise RuntimeError(f"kernels.backend = {requested}: {error}; or set it to auto")
+    logger.info("kernels: %s (%s)", backend, reason)
+    return backend
+
+
+def _error(
+    backend: str, device_type: str, dtype: torch.dtype, widths: tuple[int, int]
+) -> str | None:
+    """Why the backend cannot be used here; None if it can."""
+    if backend == "csrc":
+        return _csrc_error(device_type, dtype, widths)
+    if backend in _PACKAGES:
+        module, package = _PACKAGES[backend]
+        if importlib.util.find_spec(module) is None:
+            return f"{package} is not installed (pip install '{package}')"
     return None
 
 
-def choose_backend(requested: str, device_type: str) -> str:
-    """Pick the backend once, at start-up, and log the reason.
-
-    Args:
-        requested: `kernels.backend`: 'auto', 'csrc', 'sdpa' or 'torch'.
-        device_type: 'cuda' or 'cpu'.
-
-    Raises:
-        RuntimeError: 'csrc' was asked for and the compiled operations cannot be used.
-    """
-    backend, reason = requested, "asked for by kernels.backend"
-    if requested == "csrc" and (error := native_library_error()) is not None:
-        raise RuntimeError(f"kernels.backend = csrc: {error}; or set kernels.backend=auto")
-    if requested == "auto" and device_type == "cuda":
-        backend, reason = "sdpa", "fused attention on CUDA"
-    elif requested == "auto" and (error := native_library_error()) is not None:
-        backend, reason = "torch", error
-    elif requested == "auto":
-        backend, reason = "csrc", "compiled operations found"
-    logger.info("kernels: %s (%s)", backend, reason)
-    return backend
+def _csrc_error(device_type: str, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
+    if (error := native_library_error()) is not None:
+        return error
+    if device_type == "cuda":
+        if torch.cuda.get_device_capability() != (9, 0):
+            return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
+        if dtype != torch.bfloat16:
+            return f"the CUDA kernels compute in bfloat16, not {dtype}"
+        if widths not in HOPPER_ATTENTION_WIDTHS:
+            return f"the CUDA kernels have no widths {widths}"
+    if not has_attention_for(device_type.upper()):
+        return f"the compiled operations have no attention for {device_type} (build them again)"
+    return None

@@ -6,9 +6,16 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from megatron_kanana.kernels.attention import causal_attention
+from megatron_kanana.kernels.attention import attention
+
+
+def core_attention_spec(backend: str, deterministic: bool) -> ModuleSpec:
+    """The core attention of every layer; see `MaxLogitCoreAttention`."""
+    params = {"backend": backend, "deterministic": deterministic}
+    return ModuleSpec(module=MaxLogitCoreAttention, params=params)
 
 
 class MaxLogitCoreAttention(MegatronModule):
@@ -16,10 +23,11 @@ class MaxLogitCoreAttention(MegatronModule):
 
     Attributes:
         max_logits: fp32 [local heads], the running maximum over the training forwards since it
-            was last taken; None before the first. Evaluation does not touch it.
+            was last taken, raised in place; None before the first. Evaluation does not touch it.
 
     Args:
         backend: implementation of the attention (see `kernels.attention`).
+        deterministic: whether its gradients have the same bits run to run.
         The others are those megatron-core's MLA passes to its core attention.
     """
 
@@ -29,12 +37,14 @@ class MaxLogitCoreAttention(MegatronModule):
         layer_number: int,
         *,
         backend: str,
+        deterministic: bool,
         softmax_scale: float,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.backend = backend
+        self.deterministic = deterministic
         self.softmax_scale = softmax_scale
         self.max_logits: torch.Tensor | None = None
 
@@ -51,24 +61,24 @@ class MaxLogitCoreAttention(MegatronModule):
         Keys and values may be more than the queries, which then are the last positions.
 
         Args:
-            attention_mask: int [batch, sequence], the document of each token as `causal_attention`
-                takes it. megatron-core hands this argument on as it is, so it need not be a mask
-                of sequence by sequence.
+            attention_mask: int32 [2, batch, sequence], where each token's document begins and
+                ends, as `kernels.attention` takes it. megatron-core hands this argument on as it
+                is, so it need not be a mask of sequence by sequence.
         """
-        out, max_logits = causal_attention(
+        if self.training and self.max_logits is None:
+            self.max_logits = torch.full(
+                (query.shape[2],), float("-inf"), dtype=torch.float32, device=query.device
+            )
+        out = attention(
             query,
             key,
             value,
             self.softmax_scale,
             backend=self.backend,
-            with_max_logits=self.training,
-            segment_ids_BS=attention_mask,
+            documents_2BS=attention_mask,
+            max_logits_N=self.max_logits if self.training else None,
+            deterministic=self.deterministic,
         )
-        if max_logits is not None:
-            previous = self.max_logits
-            self.max_logits = (
-                max_logits if previous is None else torch.maximum(previous, max_logits)
-            )
         return out.flatten(2)
 
     def take_max_logits(self) -> torch.Tensor | None:

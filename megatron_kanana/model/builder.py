@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
 
+from .attention import core_attention_spec
 from .initialization import initialize_weights
 from .layer_spec import block_spec, multi_token_prediction_spec
 from .multi_token import MultiTokenGPTModel
@@ -53,10 +54,11 @@ def gpt_model(
 ) -> Any:
     """megatron-core's GPTModel with the project's layers; weights are megatron-core's."""
     model_class = MultiTokenGPTModel if settings.model.num_mtp_layers else GPTModel
+    core_attention = core_attention_spec(attention_backend, settings.kernels.deterministic)
     return model_class(
         config=config,
-        transformer_layer_spec=block_spec(config, attention_backend, vp_stage),
-        mtp_block_spec=multi_token_prediction_spec(config, attention_backend, vp_stage),
+        transformer_layer_spec=block_spec(config, core_attention, vp_stage),
+        mtp_block_spec=multi_token_prediction_spec(config, core_attention, vp_stage),
         vocab_size=settings.model.padded_vocab_size,
         max_sequence_length=settings.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

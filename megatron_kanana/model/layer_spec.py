@@ -32,26 +32,25 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from .attention import MaxLogitCoreAttention
 from .norm import RMSNorm
 from .router import PaddingAwareRouter
 
 
 def block_spec(
-    config: MLATransformerConfig, attention_backend: str, vp_stage: int | None
+    config: MLATransformerConfig, core_attention: ModuleSpec, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline rank's (virtual) stage, and the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [
-        layer_spec(attention_backend, is_moe=bool(config.moe_layer_freq[index]))
+        layer_spec(core_attention, is_moe=bool(config.moe_layer_freq[index]))
         for index in range(first, first + count)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def multi_token_prediction_spec(
-    config: MLATransformerConfig, attention_backend: str, vp_stage: int | None
+    config: MLATransformerConfig, core_attention: ModuleSpec, vp_stage: int | None
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The multi-token prediction layers (DeepSeek-V3, section 2.2); None on other stages.
 
@@ -68,20 +67,20 @@ def multi_token_prediction_spec(
             enorm=RMSNorm,
             hnorm=RMSNorm,
             eh_proj=ColumnParallelLinear,
-            transformer_layer=layer_spec(attention_backend, is_moe=True),
+            transformer_layer=layer_spec(core_attention, is_moe=True),
             layer_norm=RMSNorm,
         ),
     )
     return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * count)
 
 
-def layer_spec(attention_backend: str, *, is_moe: bool) -> ModuleSpec:
+def layer_spec(core_attention: ModuleSpec, *, is_moe: bool) -> ModuleSpec:
     """One transformer layer: norm, MLA, norm, then experts or a dense feed-forward."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention_spec(attention_backend),
+            self_attention=_attention_spec(core_attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_moe_spec() if is_moe else ModuleSpec(module=MLP, submodules=_mlp_submodules()),
@@ -90,7 +89,7 @@ def layer_spec(attention_backend: str, *, is_moe: bool) -> ModuleSpec:
     )
 
 
-def _attention_spec(backend: str) -> ModuleSpec:
+def _attention_spec(core_attention: ModuleSpec) -> ModuleSpec:
     # The down-projections are whole on every tensor-parallel rank. Split by columns, the shared
     # rotary key would get only its own rank's gradient (megatron-core gathers it without a sum).
     return ModuleSpec(
@@ -102,7 +101,7 @@ def _attention_spec(backend: str) -> ModuleSpec:
             linear_q_up_proj=ColumnParallelLinear,
             linear_kv_down_proj=Linear,
             linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=ModuleSpec(module=MaxLogitCoreAttention, params={"backend": backend}),
+            core_attention=core_attention,
             linear_proj=RowParallelLinear,
             q_layernorm=RMSNorm,
             kv_layernorm=RMSNorm,

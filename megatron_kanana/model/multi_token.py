@@ -45,9 +45,9 @@ class MultiTokenGPTModel(GPTModel):
 
         Args:
             input_ids, position_ids, labels: [batch, sequence].
-            attention_mask: each token's document, int [batch, sequence], or None for one document.
-                With several layers, a document's first tokens are no labels, as many as there are
-                layers.
+            attention_mask: where each token's document begins and ends, int32 [2, batch, sequence],
+                or None for one document. With several layers, a document's first tokens are no
+                labels, as many as there are layers.
             loss_mask: [batch, sequence], one where a label counts.
             loss_weight: weight of a token's loss, of no dimension; the losses are then weighted
                 sums instead of means.

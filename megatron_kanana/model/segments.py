@@ -1,7 +1,8 @@
-"""Documents that share a sequence: what the model is told of them beside their numbers.
+"""Documents that share a sequence: what the model is told of them beside attention.
 
 `segment_ids`, int [batch, sequence], numbers the documents of each sample from 0 in the order in
-which they lie; padding is -1.
+which they lie; padding is -1. `documents`, int32 [2, batch, sequence], are their boundaries
+(`kernels.attention.documents_of`).
 """
 
 from __future__ import annotations
@@ -29,16 +30,14 @@ def padding_mask(segment_ids: torch.Tensor, chunk: Any) -> torch.Tensor:
 
 
 def mask_within_documents(
-    loss_mask: torch.Tensor, segment_ids: torch.Tensor, distance: int
+    loss_mask: torch.Tensor, documents: torch.Tensor, distance: int
 ) -> torch.Tensor:
     """`loss_mask` without the labels of which a document has fewer than `distance` tokens before.
 
     Args:
         loss_mask: [batch, sequence], one where the label of a position counts.
-        segment_ids: [batch, sequence].
+        documents: [2, batch, sequence].
         distance: how many positions before the label's the prediction is made, at least 1.
     """
-    same = segment_ids[:, distance:] == segment_ids[:, :-distance]
-    kept = torch.zeros_like(segment_ids, dtype=torch.bool)
-    kept[:, distance:] = same
-    return torch.where(kept, loss_mask, 0)
+    positions = torch.arange(loss_mask.shape[1], device=loss_mask.device)
+    return torch.where(positions >= documents[0] + distance, loss_mask, 0)

@@ -27,7 +27,7 @@ from .architecture import Architecture
 from .calibration import Implementation
 from .layout import Layout, Stage
 
-MAX_LOGIT_ROWS = 1024  # SDPA_MAX_LOGIT_ROWS of kernels/attention.py
+MAX_LOGIT_ROWS = 1024  # the same of kernels/attention/fused_torch.py
 
 
 def attention_bytes(architecture: Architecture) -> dict[str, float]:

@@ -137,7 +137,13 @@ def build_bare_model(settings: Settings, device: Device) -> Model:
     )
     tokenizer = prepare_tokenizer(settings)
     config = transformer_config(settings, device)
-    backend = choose_backend(settings.kernels.backend, device.torch_device.type)
+    backend = choose_backend(
+        settings.kernels.backend,
+        device.torch_device.type,
+        dtype=device.dtype,
+        widths=(config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim),
+        deterministic=settings.kernels.deterministic,
+    )
     chunks = build_model(settings, config, device, backend)
     return Model(settings, device, config, chunks, tokenizer)
 

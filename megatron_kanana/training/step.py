@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
+from megatron_kanana.kernels.attention import documents_of
 from megatron_kanana.model.multi_token import take_mtp_losses
 from megatron_kanana.model.segments import padding_mask
 from megatron_kanana.optimizer.update import update_weights
@@ -113,15 +114,16 @@ def _forward_step(run: Run, iterator: Iterator[Any] | None, chunk: Any) -> Any:
     }
     mask, weight = batch["loss_mask"], batch.get("loss_weight")
     segment_ids = batch.get("segment_ids")
-    options = {}
+    options, documents = {}, None
     if segment_ids is not None:
+        documents = documents_of(segment_ids)
         options["padding_mask"] = padding_mask(segment_ids, chunk)
     if weight is not None and run.config.mtp_num_layers:
         options["loss_weight"] = weight
     out = chunk(
         batch["tokens"],
         batch["position_ids"],
-        segment_ids,  # the attention mask, which our core attention takes in this form
+        documents,  # the attention mask, which our core attention takes in this form
         labels=batch["labels"],
         loss_mask=mask,
         **options,

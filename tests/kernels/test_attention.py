@@ -1,217 +1,378 @@
-"""Causal attention with max logits: every backend against float64."""
+"""Attention with max logits behind its one function: every backend against float64."""
 
 from __future__ import annotations
 
-import math
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from megatron_kanana.kernels.attention import causal_attention, first_keys
-from megatron_kanana.kernels.backend import choose_backend, native_library_error
+from megatron_kanana.kernels.attention import attention, documents_of, documents_of_lengths
+from megatron_kanana.kernels.backend import choose_backend
 
-# sequence, batch, heads, query-key width, value width
-SHAPES = [(1, 1, 1, 8, 8), (7, 2, 3, 24, 16), (64, 1, 2, 192, 128), (129, 3, 4, 48, 32)]
+from .attention_reference import (
+    Inputs,
+    Shape,
+    float64_attention,
+    float64_gradients,
+    random_documents,
+    random_inputs,
+)
 
-
-def float64_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    segment_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Definition, element by element, in float64."""
-    length, batch = query.shape[:2]
-    if segment_ids is None:
-        segment_ids = torch.zeros(batch, length, dtype=torch.int32, device=query.device)
-    logits = torch.einsum("sbnh,tbnh->bnst", query, key) * scale
-    visible = (torch.arange(length)[:, None] >= torch.arange(length)[None, :]).to(logits.device)
-    visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    logits = torch.where(visible, logits, -math.inf)
-    counted = torch.where((segment_ids >= 0)[:, None, :, None], logits, -math.inf)
-    return torch.einsum("bnst,tbnv->sbnv", logits.softmax(-1), value), counted.amax((0, 2, 3))
+SHAPES = [
+    Shape(1, 1, 1, 1, 8, 8),
+    Shape(7, 2, 3, 3, 24, 16),
+    Shape(64, 1, 2, 2, 192, 128),
+    Shape(129, 3, 4, 2, 48, 32),
+]
+ON_CPU = ["torch", "csrc", "sdpa"]
 
 
-def random_inputs(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str, seed: int
-) -> list[torch.Tensor]:
-    """Query, key, value and the gradient of the output."""
-    length, batch, heads, width, value_width = shape
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [width, width, value_width, value_width]
-    tensors = [torch.randn(length, batch, heads, size, generator=generator) for size in sizes]
-    return [tensor.to(device, dtype) for tensor in tensors]
+def fresh_maxima(inputs: Inputs) -> torch.Tensor:
+    """A buffer before its first call."""
+    return torch.full((inputs.query.shape[2],), -torch.inf, device=inputs.query.device)
 
 
-def random_segments(batch: int, length: int, device: str) -> torch.Tensor:
-    """Documents of random lengths, of each sample others, with padding behind the last."""
-    generator = torch.Generator().manual_seed(length)
-    begins = torch.rand(batch, length, generator=generator) < 0.2
-    ids = begins.cumsum(1) - begins[:, :1].int()
-    padding = torch.randint(length // 3 + 1, (batch, 1), generator=generator)
-    ids = torch.where(torch.arange(length) < length - padding, ids, -1)
-    return ids.to(device, torch.int32)
+def results(
+    backend: str,
+    inputs: Inputs,
+    *,
+    causal: bool = True,
+    documents: torch.Tensor | None = None,
+    deterministic: bool = False,
+    run: Callable[..., torch.Tensor] = attention,
+) -> dict[str, torch.Tensor]:
+    """Output, max logits and gradients by name."""
+    leaves = [x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
+    maxima = fresh_maxima(inputs)
+    out = run(
+        *leaves,
+        inputs.scale,
+        backend=backend,
+        causal=causal,
+        documents_2BS=documents,
+        max_logits_N=maxima,
+        deterministic=deterministic,
+    )
+    grads = torch.autograd.grad(out, leaves, inputs.grad_out)
+    names = ("gradient of query", "gradient of key", "gradient of value")
+    return {
+        "output": out.detach(),
+        "max logits": maxima,
+        **dict(zip(names, grads, strict=True)),
+    }
 
 
 def largest_errors(
-    backend: str,
-    shape: tuple[int, int, int, int, int],
-    dtype: torch.dtype,
-    device: str,
-    *,
-    documents: bool = False,
+    backend: str, inputs: Inputs, causal: bool, documents: torch.Tensor | None
 ) -> dict[str, float]:
-    """Largest absolute error of the output, the maxima and each gradient."""
-    scale = shape[3] ** -0.5
-    *inputs, grad = random_inputs(shape, dtype, device, seed=sum(shape))
-    ours = [tensor.clone().requires_grad_() for tensor in inputs]
-    query, key, value = ours
-    exact = [tensor.double().requires_grad_() for tensor in inputs]
-    segment_ids = random_segments(shape[1], shape[0], device) if documents else None
-    out, maxima = causal_attention(
-        query,
-        key,
-        value,
-        scale,
-        backend=backend,
-        with_max_logits=True,
-        segment_ids_BS=segment_ids,
+    """Largest absolute error of each result."""
+    found = results(backend, inputs, causal=causal, documents=documents)
+    assert found["output"].dtype == inputs.value.dtype
+    out, _, maxima = float64_attention(
+        inputs.query, inputs.key, inputs.value, inputs.scale, causal, documents
     )
-    assert maxima is not None
-    assert maxima.dtype == torch.float32
-    assert not maxima.requires_grad
-    exact_out, exact_maxima = float64_attention(exact[0], exact[1], exact[2], scale, segment_ids)
-    grads = torch.autograd.grad(out, ours, grad)
-    exact_grads = torch.autograd.grad(exact_out, exact, grad.double())
-    pairs = {
-        "output": (out, exact_out),
-        "max logits": (maxima, exact_maxima),
-        **{
-            f"gradient of {n}": p
-            for n, p in zip("qkv", zip(grads, exact_grads, strict=True), strict=True)
-        },
+    exact = (out, maxima, *float64_gradients(inputs, inputs.scale, causal, documents))
+    return {
+        name: float((value.double() - right).abs().nan_to_num(torch.inf).max())
+        for (name, value), right in zip(found.items(), exact, strict=True)
     }
-    return {name: float((a.double() - b).detach().abs().max()) for name, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", ["torch", "csrc", "sdpa"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_cpu_backends_agree_with_float64(
-    backend: str, shape: tuple[int, int, int, int, int], documents: bool
+    backend: str, shape: Shape, with_documents: bool, causal: bool
 ) -> None:
-    assert native_library_error() is None
-    errors = largest_errors(backend, shape, torch.float32, "cpu", documents=documents)
+    documents = random_documents(shape.batch, shape.length, seed=1) if with_documents else None
+    errors = largest_errors(backend, random_inputs(shape, seed=2), causal, documents)
     assert max(errors.values()) < 5e-6, errors
 
 
-@pytest.mark.parametrize("backend", ["torch", "csrc", "sdpa"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_documents_of_one_sequence_do_not_see_one_another(backend: str) -> None:
-    query, key, value, _ = random_inputs((20, 2, 2, 16, 8), torch.float32, "cpu", seed=7)
-    segment_ids = torch.tensor([[0] * 7 + [1] * 9 + [-1] * 4, [0] * 20], dtype=torch.int32)
-    together, maxima = causal_attention(
-        query,
-        key,
-        value,
-        0.25,
-        backend=backend,
-        with_max_logits=True,
-        segment_ids_BS=segment_ids,
-    )
-    assert maxima is not None
-    found = []
+    inputs = random_inputs(Shape(20, 2, 2, 2, 16, 8), seed=7)
+    segment_ids = torch.tensor([[0] * 7 + [1] * 9 + [-1] * 4, [0] * 20])
+    together = results(backend, inputs, documents=documents_of(segment_ids))
+    alone = []
     for sample, document in ((0, slice(0, 7)), (0, slice(7, 16)), (1, slice(0, 20))):
-        alone, its_maxima = causal_attention(
-            query[document, sample : sample + 1],
-            key[document, sample : sample + 1],
-            value[document, sample : sample + 1],
-            0.25,
-            backend=backend,
-            with_max_logits=True,
+        part = Inputs(
+            *(
+                tensor[document, sample : sample + 1]
+                for tensor in (inputs.query, inputs.key, inputs.value, inputs.grad_out)
+            )
         )
-        torch.testing.assert_close(together[document, sample], alone[:, 0], rtol=0, atol=1e-6)
-        assert its_maxima is not None
-        found.append(its_maxima)
-    torch.testing.assert_close(maxima, torch.stack(found).amax(0), rtol=1e-6, atol=1e-6)
-    assert together.isfinite().all()
+        alone.append(results(backend, part))
+        for name in together.keys() - {"max logits"}:
+            torch.testing.assert_close(
+                together[name][document, sample], alone[-1][name][:, 0], rtol=0, atol=2e-6
+            )
+    expected = torch.stack([one["max logits"] for one in alone]).amax(0)
+    torch.testing.assert_close(together["max logits"], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_first_keys_are_where_documents_begin() -> None:
-    segment_ids = torch.tensor([[0, 0, 1, 2, 2, -1, -1], [0, 1, 1, 1, 1, 1, 1]])
-    expected = [[0, 0, 2, 3, 3, 5, 5], [0, 1, 1, 1, 1, 1, 1]]
-    assert first_keys(segment_ids).tolist() == expected
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_padding_sees_nothing_and_is_seen_by_nobody(backend: str) -> None:
+    inputs = random_inputs(Shape(12, 1, 2, 2, 16, 8), seed=8)
+    segment_ids = torch.tensor([[0] * 5 + [-1] * 3 + [1] * 3 + [-1]])
+    found = results(backend, inputs, documents=documents_of(segment_ids))
+    padding = (segment_ids[0] < 0).nonzero().flatten()
+    for name in found.keys() - {"max logits"}:
+        assert found[name].isfinite().all()
+        assert not found[name][padding].any(), name
+    for tensor in (inputs.query, inputs.key, inputs.value, inputs.grad_out):
+        tensor[padding] = 1e3
+    changed = results(backend, inputs, documents=documents_of(segment_ids))
+    for name, value in found.items():
+        torch.testing.assert_close(changed[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_a_batch_of_padding_leaves_the_maxima_as_they_were(backend: str) -> None:
+    inputs = random_inputs(Shape(9, 2, 2, 2, 16, 8))
+    documents = documents_of(torch.full((2, 9), -1))
+    found = results(backend, inputs, documents=documents)
+    assert torch.equal(found["max logits"], fresh_maxima(inputs))
+    assert not any(value.any() for name, value in found.items() if name != "max logits")
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_maxima_are_raised_in_the_callers_buffer_over_calls(backend: str) -> None:
+    batches = [random_inputs(Shape(9, 1, 4, 4, 16, 8), seed=seed) for seed in range(4)]
+    each = torch.stack([results(backend, inputs)["max logits"] for inputs in batches])
+    assert len(set(each.argmax(0).tolist())) > 1  # heads whose largest logit is in other batches
+    maxima = fresh_maxima(batches[0])
+    for inputs in batches:
+        attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            inputs.scale,
+            backend=backend,
+            max_logits_N=maxima,
+        )
+    assert torch.equal(maxima, each.amax(0))
+    assert not maxima.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_activation_recompute_changes_nothing(backend: str, reentrant: bool) -> None:
+    inputs = random_inputs(Shape(33, 2, 4, 2, 24, 16), seed=9)
+    plain = results(backend, inputs)
+
+    def recomputed(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, **options: Any
+    ) -> torch.Tensor:
+        def run(*tensors: torch.Tensor) -> torch.Tensor:
+            query, key, value = tensors
+            return attention(query, key, value, scale, **options)
+
+        out: torch.Tensor = checkpoint(run, query, key, value, use_reentrant=reentrant)
+        return out
+
+    again = results_backward(backend, inputs, recomputed)
+    for name, value in plain.items():
+        assert torch.equal(again[name], value), name
+
+
+def results_backward(
+    backend: str, inputs: Inputs, run: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """As `results`, through `.backward()`, which reentrant recompute needs."""
+    leaves = [x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
+    maxima = fresh_maxima(inputs)
+    out = run(*leaves, inputs.scale, backend=backend, max_logits_N=maxima)
+    out.backward(inputs.grad_out)
+    names = ("gradient of query", "gradient of key", "gradient of value")
+    grads = {name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}
+    assert None not in grads.values()
+    return {"output": out.detach(), "max logits": maxima, **grads}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_compiled_operations_are_one_graph_for_torch_compile(with_documents: bool) -> None:
+    inputs = random_inputs(Shape(33, 2, 4, 2, 24, 16), seed=10)
+    documents = random_documents(2, 33, seed=3) if with_documents else None
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    eager = results("csrc", inputs, documents=documents)
+    traced = results("csrc", inputs, documents=documents, run=compiled)
+    for name, value in eager.items():
+        assert torch.equal(traced[name], value), name
+
+
+def test_compiled_operations_tell_torch_what_they_change_and_return() -> None:
+    inputs = random_inputs(Shape(17, 2, 4, 2, 24, 16), seed=11)
+    results("csrc", inputs)  # loads and registers them
+    tensors = (inputs.query, inputs.key, inputs.value)
+    documents = random_documents(2, 17)
+    checks = ("test_schema", "test_faketensor")
+    forward = torch.ops.megatron_kanana.flash_attention_forward
+    backward = torch.ops.megatron_kanana.flash_attention_backward
+    for chosen, maxima in ((None, None), (documents, fresh_maxima(inputs))):
+        options = (inputs.scale, True, chosen)
+        torch.library.opcheck(forward, (*tensors, *options, maxima), test_utils=checks)
+        out, logsumexp = forward(*tensors, *options, maxima)
+        arguments = (inputs.grad_out, *tensors, out, logsumexp, *options, True)
+        torch.library.opcheck(backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_any_strides_are_read(backend: str) -> None:
+    shape = Shape(21, 2, 4, 2, 24, 16)
+    inputs = random_inputs(shape, seed=12)
+    expected = results(backend, inputs)
+    orders = itertools.cycle([(1, 0, 2, 3), (2, 3, 1, 0), (3, 0, 1, 2)])
+    strided = Inputs(
+        *(
+            tensor.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+            for tensor, order in zip(
+                (inputs.query, inputs.key, inputs.value, inputs.grad_out), orders, strict=False
+            )
+        )
+    )
+    assert not strided.key.is_contiguous()
+    found = results(backend, strided)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", "csrc"])
-def test_bf16_error_is_one_rounding_of_the_output(backend: str) -> None:
-    errors = largest_errors(backend, (64, 2, 2, 48, 32), torch.bfloat16, "cpu")
+def test_bf16_error_is_one_rounding_of_the_results(backend: str) -> None:
+    inputs = random_inputs(Shape(64, 2, 2, 2, 48, 32), seed=13, dtype=torch.bfloat16)
+    errors = largest_errors(backend, inputs, True, None)
     assert errors["output"] < 2**-8 * 4  # outputs reach 4; bf16 keeps 8 bits
     assert errors["max logits"] < 1e-5
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_csrc_softmax_survives_extreme_logits(scale: float) -> None:
-    query, key, value, _ = random_inputs((65, 1, 2, 32, 16), torch.float32, "cpu", seed=3)
-    out, maxima = causal_attention(query, key, value, scale, backend="csrc", with_max_logits=True)
-    exact, exact_maxima = float64_attention(query.double(), key.double(), value.double(), scale)
-    assert maxima is not None
-    # fp32 logits up to 30 * 100 carry an error of 2^-24 * 3000 into the exponent.
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-3 if scale > 1 else 5e-6)
-    torch.testing.assert_close(maxima.double(), exact_maxima, rtol=1e-6, atol=1e-6)
+    assert max(errors.values()) < 2**-8 * 32, errors
 
 
 @pytest.mark.parametrize("backend", ["torch", "csrc"])
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 1e3, 1e4])
+def test_extreme_logits_keep_their_precision(backend: str, largest: float) -> None:
+    inputs = random_inputs(Shape(65, 1, 2, 2, 32, 16), seed=3, largest_logit=largest)
+    found = results(backend, inputs)
+    out, _, maxima = float64_attention(inputs.query, inputs.key, inputs.value, inputs.scale)
+    # fp32 logits up to 1e4 carry an error of 2^-24 * 1e4 times a few into the exponent.
+    atol = 5e-6 + largest * 2**-20
+    torch.testing.assert_close(found["output"].double(), out, rtol=0, atol=atol)
+    torch.testing.assert_close(found["max logits"].double(), maxima, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_keys_after_a_query_do_not_change_its_output(backend: str) -> None:
-    query, key, value, _ = random_inputs((20, 1, 2, 16, 8), torch.float32, "cpu", seed=4)
-    before, _ = causal_attention(query, key, value, 0.25, backend=backend, with_max_logits=False)
-    key[12:], value[12:] = 50.0, -50.0
-    after, _ = causal_attention(query, key, value, 0.25, backend=backend, with_max_logits=False)
+    inputs = random_inputs(Shape(20, 1, 2, 2, 16, 8), seed=4)
+    before = results(backend, inputs)["output"]
+    inputs.key[12:], inputs.value[12:] = 50.0, -50.0
+    after = results(backend, inputs)["output"]
     torch.testing.assert_close(before[:12], after[:12], rtol=0, atol=0)
     assert not torch.equal(before[12:], after[12:])
 
 
-@pytest.mark.parametrize("backend", ["torch", "csrc", "sdpa"])
+@pytest.mark.parametrize("backend", [*ON_CPU, "te", "cudnn"])
 @pytest.mark.parametrize("queries", [1, 5])
 def test_fewer_queries_are_the_last_positions(backend: str, queries: int) -> None:
-    query, key, value, _ = random_inputs((23, 2, 3, 16, 8), torch.float32, "cpu", seed=6)
-    exact, _ = float64_attention(query.double(), key.double(), value.double(), 0.25)
-    out, maxima = causal_attention(
-        query[-queries:], key, value, 0.25, backend=backend, with_max_logits=False
-    )
-    assert maxima is None
+    inputs = random_inputs(Shape(23, 2, 3, 3, 16, 8), seed=6)
+    exact, _, _ = float64_attention(inputs.query, inputs.key, inputs.value, 0.25)
+    out = attention(inputs.query[-queries:], inputs.key, inputs.value, 0.25, backend=backend)
     torch.testing.assert_close(out.double(), exact[-queries:], rtol=0, atol=5e-6)
 
 
-def test_native_operations_refuse_wrong_shapes_and_dtypes() -> None:
-    assert native_library_error() is None
-    softmax = torch.ops.megatron_kanana.causal_softmax_
-    with pytest.raises(RuntimeError, match=r"\[matrices, sequence, sequence\]"):
-        softmax(torch.zeros(2, 3, 4), 1.0)
-    with pytest.raises(RuntimeError, match="float32"):
-        softmax(torch.zeros(2, 3, 3, dtype=torch.float64), 1.0)
-    with pytest.raises(RuntimeError, match="contiguous"):
-        softmax(torch.zeros(3, 3, 2).permute(2, 0, 1), 1.0)
-    with pytest.raises(RuntimeError, match=r"first_keys must have shape \[samples, sequence\]"):
-        softmax(torch.zeros(4, 3, 3), 1.0, torch.zeros(3, 3, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="first_keys must be int32"):
-        softmax(torch.zeros(4, 3, 3), 1.0, torch.zeros(2, 3, dtype=torch.int64))
+def test_documents_are_where_segments_begin_and_end() -> None:
+    segment_ids = torch.tensor([[0, 0, 1, 2, 2, -1, -1], [-1, 0, 1, 1, -1, 2, 2]])
+    documents = documents_of(segment_ids)
+    assert documents.dtype == torch.int32
+    assert documents[0].tolist() == [[0, 0, 2, 3, 3, 5, 6], [0, 1, 2, 2, 4, 5, 5]]
+    assert documents[1].tolist() == [[2, 2, 3, 5, 5, 5, 6], [0, 2, 4, 4, 4, 7, 7]]
 
 
-def test_auto_backend_takes_the_compiled_operations_on_a_cpu() -> None:
-    assert choose_backend("auto", "cpu") == "csrc"
-    assert choose_backend("auto", "cuda") == "sdpa"
-    assert choose_backend("torch", "cpu") == "torch"
+def test_documents_of_lengths_and_of_segments_are_the_same() -> None:
+    lengths = torch.tensor([0, 3, 3, 4, 9], dtype=torch.int32)  # one of them is empty
+    segment_ids = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2, -1, -1]])
+    assert torch.equal(documents_of_lengths(lengths, 11), documents_of(segment_ids))
+    assert torch.equal(documents_of_lengths(lengths, 9), documents_of(segment_ids[:, :9]))
+
+
+def test_the_interface_needs_torch_alone() -> None:
+    code = (
+        "import sys, megatron_kanana.kernels.attention, megatron_kanana.kernels.backend;"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    imported = set(finished.stdout.split())
+    assert "torch" in imported
+    assert not imported & {"megatron", "hydra", "omegaconf", "transformer_engine", "cudnn"}
+
+
+def choice(requested: str, device_type: str, **options: Any) -> str:
+    """`choose_backend` for MLA's widths in bf16 where nothing else is said."""
+    return choose_backend(
+        requested, device_type, **{"dtype": torch.bfloat16, "widths": (192, 128), **options}
+    )
+
+
+def test_auto_takes_the_compiled_operations_where_they_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = "megatron_kanana.kernels.backend"
+    assert choice("auto", "cpu", widths=(24, 16), dtype=torch.float32) == "csrc"
+    assert choice("torch", "cpu") == "torch"
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(f"{backend}.has_attention_for", lambda _: True)
+    assert choice("auto", "cuda") == "csrc"
+    assert choice("auto", "cuda", widths=(24, 16)) == "sdpa"
+    assert choice("auto", "cuda", dtype=torch.float32) == "sdpa"
+    assert choice("auto", "cuda", dtype=torch.float32, deterministic=True) == "torch"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    assert choice("auto", "cuda") == "sdpa"
+    monkeypatch.setattr(f"{backend}.native_library_error", lambda: "not built")
+    assert choice("auto", "cpu") == "torch"
+
+
+def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = "megatron_kanana.kernels.backend"
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    with pytest.raises(RuntimeError, match=r"kernels.backend = csrc: a GPU is no Hopper GPU"):
+        choice("csrc", "cuda")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    with pytest.raises(RuntimeError, match=r"kernels.backend = csrc: .* no widths \(24, 16\)"):
+        choice("csrc", "cuda", widths=(24, 16))
+    monkeypatch.setattr(f"{backend}.has_attention_for", lambda _: False)
+    with pytest.raises(RuntimeError, match=r"kernels.backend = csrc: .*build them again"):
+        choice("csrc", "cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'nvidia-cudnn-frontend\[cutedsl\]'"):
+        choice("cudnn", "cuda")
+    inputs = random_inputs(Shape(4, 1, 1, 1, 8, 8))
+    documents = random_documents(1, 4)
+    with pytest.raises(RuntimeError, match=r"kernels.backend = te: .*set kernels.backend=auto"):
+        results("te", inputs, documents=documents)
+    with pytest.raises(RuntimeError, match=r"kernels.backend = te: .*ALLOW_NONDETERMINISTIC"):
+        results("te", inputs, deterministic=True)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", ["torch", "sdpa"])
-def test_gpu_backends_agree_with_float64(
-    backend: str, shape: tuple[int, int, int, int, int], documents: bool
-) -> None:
-    errors = largest_errors(backend, shape, torch.bfloat16, "cuda", documents=documents)
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("shape", [Shape(300, 2, 4, 4, 192, 128), Shape(129, 3, 4, 2, 64, 64)])
+@pytest.mark.parametrize("backend", ["torch", "sdpa", "cudnn", "te"])
+def test_gpu_backends_agree_with_float64(backend: str, shape: Shape, with_documents: bool) -> None:
+    if backend in ("cudnn", "te"):
+        pytest.importorskip({"cudnn": "cudnn", "te": "transformer_engine"}[backend])
+    if backend == "te" and with_documents:
+        pytest.skip("refused")
+    documents = random_documents(shape.batch, shape.length, device="cuda")
+    inputs = random_inputs(shape, dtype=torch.bfloat16, device="cuda")
+    errors = largest_errors(backend, inputs, True, documents if with_documents else None)
     assert errors["output"] < 2**-6, errors
     assert errors["max logits"] < 5e-2, errors
     assert max(errors.values()) < 1e-1, errors
@@ -219,17 +380,10 @@ def test_gpu_backends_agree_with_float64(
 
 @pytest.mark.gpu
 def test_gpu_max_logits_cover_every_block_of_rows() -> None:
-    query, key, value, _ = random_inputs((2500, 1, 2, 192, 128), torch.bfloat16, "cuda", seed=5)
-    for segment_ids in (None, random_segments(1, 2500, "cuda")):
-        _, maxima = causal_attention(
-            query,
-            key,
-            value,
-            0.1,
-            backend="sdpa",
-            with_max_logits=True,
-            segment_ids_BS=segment_ids,
+    inputs = random_inputs(Shape(2500, 1, 2, 2, 192, 128), dtype=torch.bfloat16, device="cuda")
+    for documents in (None, random_documents(1, 2500, device="cuda")):
+        found = results("sdpa", inputs, documents=documents)["max logits"]
+        exact = float64_attention(
+            inputs.query, inputs.key, inputs.value, inputs.scale, True, documents
         )
-        _, exact = float64_attention(query.double(), key.double(), value.double(), 0.1, segment_ids)
-        assert maxima is not None
-        torch.testing.assert_close(maxima.double(), exact, rtol=1e-2, atol=0)
+        torch.testing.assert_close(found.double(), exact[2], rtol=1e-2, atol=0)

@@ -63,11 +63,42 @@ LAUNCH = {
     "GPU kernels on a CPU": Bad(
         ("kernels.backend=sdpa",), "kernels.backend", "sdpa", "choose csrc, torch or auto"
     ),
-    "CPU kernels on a GPU": Bad(
+    "another GPU library on a CPU": Bad(
+        ("kernels.backend=te",), "kernels.backend", "te", "choose csrc, torch or auto"
+    ),
+    "kernels of other head widths on a GPU": Bad(
         ("kernels.backend=csrc",),
         "kernels.backend",
         "csrc",
-        "choose sdpa, torch or auto",
+        "choose cudnn, sdpa or auto",
+        CUDA_MACHINE,
+    ),
+    "GPU kernels in fp32": Bad(
+        ("kernels.backend=cudnn", "precision.compute=fp32"),
+        "kernels.backend",
+        "cudnn",
+        "set precision.compute=bf16",
+        CUDA_MACHINE,
+    ),
+    "GPU library that is not installed": Bad(
+        ("kernels.backend=te",),
+        "kernels.backend",
+        "te",
+        "pip install 'transformer-engine[pytorch]'",
+        Environment(cuda_device_count=1, has_transformer_engine=False),
+    ),
+    "documents that a GPU library does not keep apart": Bad(
+        ("kernels.backend=te", "data.document_mask=true"),
+        "kernels.backend",
+        "te",
+        "choose csrc, cudnn, sdpa or auto",
+        CUDA_MACHINE,
+    ),
+    "gradients that cannot be deterministic": Bad(
+        ("kernels.backend=sdpa", "kernels.deterministic=true"),
+        "kernels.deterministic",
+        "true",
+        "choose kernels.backend=csrc, cudnn or torch",
         CUDA_MACHINE,
     ),
     "compiled kernels that were not built": Bad(

@@ -1,0 +1,41 @@
+"""The compiled operations of csrc/: loading them, and what they were compiled for."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from megatron_kanana.native_library import NATIVE_LIBRARY
+
+
+@functools.cache
+def native_library_error() -> str | None:
+    """Load the compiled operations once; None on success, else why they cannot be used."""
+    if not NATIVE_LIBRARY.is_file():
+        return f"{NATIVE_LIBRARY.name} is not built (pip install --no-build-isolation -e .)"
+    try:
+        torch.ops.load_library(str(NATIVE_LIBRARY))
+    except OSError as error:
+        return f"{NATIVE_LIBRARY.name} cannot be loaded: {error}"
+    return None
+
+
+def load_native_operations() -> None:
+    """Load the compiled operations.
+
+    Raises:
+        RuntimeError: they cannot be used.
+    """
+    if (error := native_library_error()) is not None:
+        raise RuntimeError(f"kernels.backend = csrc: {error}; or set kernels.backend=auto")
+
+
+def has_attention_for(dispatch_key: str) -> bool:
+    """Whether the loaded library holds flash attention for 'CPU' or 'CUDA'."""
+    operation = "flash_attention_forward"
+    return hasattr(torch.ops.megatron_kanana, operation) and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"megatron_kanana::{operation}", dispatch_key
+        )
+    )
