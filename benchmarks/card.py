@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -18,6 +19,7 @@ import torch
 
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy")
+PEER_PACKAGES = ("flash-attn-4", "nvidia-cudnn-frontend", "nvidia-cudnn-cu13")  # told where present
 
 
 @dataclasses.dataclass
@@ -38,14 +40,24 @@ class Row:
     runs: int = 1
 
 
-def write_card(name: str, rows: Sequence[Row], results_dir: Path = RESULTS_DIR) -> Path:
-    """Write `name`.json with the rows and where, when and how they were measured."""
-    card = {
+def write_card(
+    name: str,
+    rows: Sequence[Row],
+    results_dir: Path = RESULTS_DIR,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write `name`.json with the rows and where, when and how they were measured.
+
+    Args:
+        notes: sentences about the measurement that the rows do not hold.
+    """
+    card: dict[str, object] = {
         "command": shlex.join(["python", "-m", *_module_and_arguments()]),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "machine": _machine(),
         "versions": {"python": platform.python_version(), **_versions()},
+        "notes": list(notes),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     results_dir.mkdir(parents=True, exist_ok=True)
@@ -80,4 +92,7 @@ def _versions() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    for package in PEER_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return versions
