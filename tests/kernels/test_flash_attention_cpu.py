@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_kanana.kernels.backend import native_library_error
+from megatron_kanana.kernels.native import native_library_error
 
 from .attention_reference import (
     Inputs,
@@ -296,7 +296,7 @@ def test_every_number_of_threads_gives_the_same_bits(shape: Shape) -> None:
 
 MEMORY_PROGRAM = """
 import resource, torch
-from megatron_kanana.kernels.backend import native_library_error
+from megatron_kanana.kernels.native import native_library_error
 assert native_library_error() is None
 ops = torch.ops.megatron_kanana
 def run(length):
