@@ -35,19 +35,30 @@ const FlashAttentionTarget& target() {
 
 const char* instruction_set() { return target().name; }
 
+int64_t forward_scratch(const ForwardTensors& tensors) { return target().forward_scratch(tensors); }
+
+int64_t backward_scratch(const FlashAttentionProblem& problem, const BackwardTensors& tensors) {
+  return target().backward_scratch(problem, tensors);
+}
+
+void prepare_forward(const FlashAttentionProblem& problem, const ForwardTensors& tensors,
+                     int64_t head) {
+  const int64_t rows = problem.padded_length();
+  const HeadPositions positions = {head / problem.key_heads, head % problem.key_heads, 0,
+                                   problem.length};
+  read_rows(tensors.key, positions, rows,
+            tensors.key_rows + head * rows * tensors.key.row_stride());
+  read_rows(tensors.value, positions, rows,
+            tensors.value_rows + head * rows * tensors.value.row_stride());
+}
+
 int64_t forward_pieces_of_head(const FlashAttentionProblem& problem) {
   return problem.padded_length() / target().column;
 }
 
-int64_t forward_scratch(const ForwardBuffers& buffers) { return target().forward_scratch(buffers); }
-
-int64_t backward_scratch(const BackwardBuffers& buffers) {
-  return target().backward_scratch(buffers);
-}
-
-void forward_piece(const FlashAttentionProblem& problem, const ForwardBuffers& buffers,
+void forward_piece(const FlashAttentionProblem& problem, const ForwardTensors& tensors,
                    int64_t piece, float* scratch) {
-  target().forward_piece(problem, buffers, piece, scratch);
+  target().forward_piece(problem, tensors, piece, scratch);
 }
 
 int64_t backward_chunks(const FlashAttentionProblem& problem) {
@@ -56,9 +67,9 @@ int64_t backward_chunks(const FlashAttentionProblem& problem) {
   return std::clamp<int64_t>(problem.length / kLeastChunkKeys, 1, wanted);
 }
 
-void backward_piece(const FlashAttentionProblem& problem, const BackwardBuffers& buffers,
+void backward_piece(const FlashAttentionProblem& problem, const BackwardTensors& tensors,
                     int64_t piece, float* scratch) {
-  target().backward_piece(problem, buffers, piece, scratch);
+  target().backward_piece(problem, tensors, piece, scratch);
 }
 
 }  // namespace megatron_kanana::cpu

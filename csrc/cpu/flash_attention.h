@@ -1,27 +1,24 @@
 // Flash attention on a CPU: softmax(scale * Q K^T over the visible keys) V and its gradients, tile
 // by tile, in fp32, without a matrix of sequence x sequence anywhere. Free of torch headers.
 //
-// Whoever calls copies the tensors into `HeadRows` first and runs the numbered pieces of work, in
-// any order and on any threads; results do not depend on which.
+// Whoever calls runs the numbered pieces of work, in any order and on any threads, each thread with
+// scratch memory of its own; results do not depend on which thread takes what.
 #pragma once
 
 #include <cstdint>
 
+#include "strided_rows.h"
+
 namespace megatron_kanana::cpu {
 
-// Queries and keys are worked on in tiles of this many positions.
+// The backward pass works on tiles of this many queries and of this many keys.
 constexpr int64_t kTile = 64;
-
-// Widths are padded with zeros to multiples of this.
-constexpr int64_t kWidthUnit = 16;
 
 struct FlashAttentionProblem {
   int64_t length;
   int64_t batch;
   int64_t query_heads;
   int64_t key_heads;
-  int64_t width;
-  int64_t value_width;
   float scale;
   bool causal;
   // Begin of each token's document [batch, length], then its end; null where all is one document.
@@ -30,64 +27,49 @@ struct FlashAttentionProblem {
   int64_t padded_length() const { return (length + kTile - 1) / kTile * kTile; }
 };
 
-// A tensor of [batch, heads, padded length] rows in fp32, `stride` floats apart.
-struct HeadRows {
-  float* data;
-  int64_t heads;
-  int64_t width;   // padded: a multiple of kWidthUnit
-  int64_t stride;  // an odd multiple of kWidthUnit: other strides share few sets of the cache
-
-  static HeadRows of_width(int64_t heads, int64_t width) {
-    const int64_t units = (width + kWidthUnit - 1) / kWidthUnit;
-    return {nullptr, heads, units * kWidthUnit, (units | 1) * kWidthUnit};
-  }
-  int64_t floats(const FlashAttentionProblem& problem) const {
-    return problem.batch * heads * problem.padded_length() * stride;
-  }
-  // First row of a head, `head` counting over all samples: sample * heads + head.
-  float* of_head(const FlashAttentionProblem& problem, int64_t head) const {
-    return data + head * problem.padded_length() * stride;
-  }
-};
-
-struct ForwardBuffers {
-  HeadRows query, key, value;
-  HeadRows out;
+struct ForwardTensors {
+  StridedTensor query, key, value, out;
+  // All keys and values as `read_rows` lays them out: [batch, key heads, padded length] rows.
+  float* key_rows;
+  float* value_rows;
   float* logsumexp;   // [batch, query heads, length]
   float* max_logits;  // [batch, query heads, forward_pieces_of_head]: -inf where nothing is visible
 };
 
-struct BackwardBuffers {
-  HeadRows query, key, value, grad_out;
+struct BackwardTensors {
+  StridedTensor query, key, value, out, grad_out;
   const float* logsumexp;  // [batch, query heads, length]
-  const float* delta;      // [batch, query heads, padded length]: row sums of grad_out * out
-  // Sums for each chunk of keys: `chunks` times the rows of `query`, each chunk's together. Both
-  // these and grad_key still lack the factor `scale`.
-  HeadRows grad_query;
-  HeadRows grad_key, grad_value;
-  int64_t chunks;
+  // `chunks` tensors, one for each chunk of keys; their sum is the gradient. They are fp32 and
+  // `chunk_stride` elements apart unless there is one only.
+  StridedTensor grad_query;
+  int64_t chunks, chunk_stride;
+  StridedTensor grad_key, grad_value;
 };
 
 // The vector instructions in use: 'avx512', 'avx2' or 'baseline'. As torch's own operations do,
 // they follow the environment variable ATEN_CPU_CAPABILITY where it asks for less than there is.
 const char* instruction_set();
 
+// Floats that one thread's scratch must have.
+int64_t forward_scratch(const ForwardTensors& tensors);
+int64_t backward_scratch(const FlashAttentionProblem& problem, const BackwardTensors& tensors);
+
+// Lays out keys and values; `head` < batch * key heads. To be done before the pieces.
+void prepare_forward(const FlashAttentionProblem& problem, const ForwardTensors& tensors,
+                     int64_t head);
+
 // Work on one query head is cut into this many pieces.
 int64_t forward_pieces_of_head(const FlashAttentionProblem& problem);
 
-// Floats that one thread's `scratch` must have.
-int64_t forward_scratch(const ForwardBuffers& buffers);
-int64_t backward_scratch(const BackwardBuffers& buffers);
-
-// Piece `piece` < batch * query_heads * forward_pieces_of_head.
-void forward_piece(const FlashAttentionProblem& problem, const ForwardBuffers& buffers,
+// Piece `piece` < batch * query heads * forward_pieces_of_head.
+void forward_piece(const FlashAttentionProblem& problem, const ForwardTensors& tensors,
                    int64_t piece, float* scratch);
 
 // Into how many chunks of keys the backward pass cuts a head, from the sizes alone.
 int64_t backward_chunks(const FlashAttentionProblem& problem);
 
-// Piece `piece` < batch * key_heads * chunks: all gradients of one chunk of keys.
-void backward_piece(const FlashAttentionProblem& problem, const BackwardBuffers& buffers,
+// Piece `piece` < batch * key heads * chunks: all gradients of one chunk of keys.
+void backward_piece(const FlashAttentionProblem& problem, const BackwardTensors& tensors,
                     int64_t piece, float* scratch);
 
 }  // namespace megatron_kanana::cpu

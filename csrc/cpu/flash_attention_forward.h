@@ -7,8 +7,23 @@ namespace megatron_kanana::cpu::MEGATRON_KANANA_CPU_TARGET {
 
 constexpr int kForwardKeys = 128;  // keys of a tile
 
-inline int64_t forward_scratch(const ForwardBuffers& buffers) {
-  return kColumn * (buffers.query.width + kForwardKeys + buffers.value.width);
+// Memory of one thread, cut from its scratch.
+struct ForwardScratch {
+  float* rows;         // kColumn of the query or of the output
+  float* query_panel;  // [width, kColumn]
+  float* logits;       // [kForwardKeys, kColumn]
+  float* out;          // [value width, kColumn]
+
+  ForwardScratch(const ForwardTensors& tensors, float* scratch)
+      : rows(scratch),
+        query_panel(rows + kColumn * larger(tensors.query.row_stride(), tensors.out.row_stride())),
+        logits(query_panel + kColumn * tensors.query.padded_width()),
+        out(logits + kColumn * kForwardKeys) {}
+};
+
+inline int64_t forward_scratch(const ForwardTensors& tensors) {
+  float* const none = nullptr;
+  return ForwardScratch(tensors, none).out - none + kColumn * tensors.out.padded_width();
 }
 
 // The softmax of a column's queries so far.
@@ -44,10 +59,10 @@ struct RunningSoftmax {
   }
 };
 
-// Logarithms, the column's largest logit, and the quotients `out` [value width, kColumn] to its
-// rows.
-inline void finish_forward(const FlashAttentionProblem& problem, const ForwardBuffers& buffers,
-                           const RunningSoftmax& softmax, int64_t head, int64_t first, float* out) {
+// Logarithms, the column's largest logit, and the quotients.
+inline void finish_forward(const FlashAttentionProblem& problem, const ForwardTensors& tensors,
+                           const ForwardScratch& scratch, const RunningSoftmax& softmax,
+                           int64_t head, const HeadPositions& queries) {
   float maxima[kColumn], sums[kColumn];
   Floats factors[2];
 #pragma GCC unroll 2
@@ -57,90 +72,90 @@ inline void finish_forward(const FlashAttentionProblem& problem, const ForwardBu
     factors[vector] = softmax.sums[vector] == 0.0f ? Floats{} : 1.0f / softmax.sums[vector];
   }
   float largest = -kInfinity;
-  const int64_t lanes = smaller(kColumn, problem.length - first);
-  for (int64_t lane = 0; lane < lanes; ++lane) {
+  for (int64_t lane = 0; lane < queries.count; ++lane) {
     const float sum = sums[lane];
-    buffers.logsumexp[head * problem.length + first + lane] =
+    tensors.logsumexp[head * problem.length + queries.first + lane] =
         sum == 0.0f ? -kInfinity : maxima[lane] + __builtin_logf(sum);
     // NaN logits make the sum NaN, but `maximum` passes over them; infinite ones do so as well.
     const bool has_nan = sum != sum && maxima[lane] < kInfinity;
     const float lane_maximum = has_nan ? sum : maxima[lane];
     if (largest == largest && !(lane_maximum <= largest)) largest = lane_maximum;
   }
-  const int64_t column = first / kColumn;
-  buffers.max_logits[head * (problem.padded_length() / kColumn) + column] = largest;
+  const int64_t columns = problem.padded_length() / kColumn;
+  tensors.max_logits[head * columns + queries.first / kColumn] = largest;
 
-  float* const rows = buffers.out.of_head(problem, head) + first * buffers.out.stride;
-  for (int64_t row = 0; row < buffers.out.width; ++row) {
+  const int64_t width = tensors.out.padded_width(), stride = tensors.out.row_stride();
+  for (int64_t row = 0; row < width; ++row) {
 #pragma GCC unroll 2
     for (int vector = 0; vector < 2; ++vector) {
-      float* const place = out + row * kColumn + vector * kVector;
+      float* const place = scratch.out + row * kColumn + vector * kVector;
       store(place, load(place) * factors[vector]);
     }
   }
-  for (int64_t row = 0; row < buffers.out.width; row += kVector) {
+  for (int64_t row = 0; row < width; row += kVector) {
     for (int64_t lane = 0; lane < kColumn; lane += kVector) {
-      transpose(out + row * kColumn + lane, kColumn, rows + lane * buffers.out.stride + row,
-                buffers.out.stride);
+      transpose(scratch.out + row * kColumn + lane, kColumn, scratch.rows + lane * stride + row,
+                stride);
     }
   }
+  write_rows(scratch.rows, 1.0f, tensors.out, queries);
 }
 
-// One piece is a column of queries of one head.
-inline void forward_piece(const FlashAttentionProblem& problem, const ForwardBuffers& buffers,
-                          int64_t piece, float* scratch) {
-  const int64_t pieces = problem.padded_length() / kColumn;
-  const int64_t head = piece / pieces, first = (pieces - 1 - piece % pieces) * kColumn;
+// One piece is a column of queries of one head, long ones first.
+inline void forward_piece(const FlashAttentionProblem& problem, const ForwardTensors& tensors,
+                          int64_t piece, float* scratch_data) {
+  const ForwardScratch scratch(tensors, scratch_data);
+  const int64_t columns = problem.padded_length() / kColumn;
+  const int64_t head = piece / columns, first = (columns - 1 - piece % columns) * kColumn;
   const int64_t sample = head / problem.query_heads;
-  const int64_t group = problem.query_heads / problem.key_heads;
-  const int64_t width = buffers.query.width, value_width = buffers.value.width;
-  float* const panel = scratch;
-  float* const logits = panel + width * kColumn;
-  float* const out = logits + kForwardKeys * kColumn;  // [value_width, kColumn]
-  const float* const keys = buffers.key.of_head(problem, head / group);
-  const float* const values = buffers.value.of_head(problem, head / group);
+  const int64_t key_head = head / (problem.query_heads / problem.key_heads);
+  const int64_t width = tensors.query.padded_width(), value_width = tensors.out.padded_width();
+  const int64_t key_stride = tensors.key.row_stride(), value_stride = tensors.value.row_stride();
+  const float* const keys = tensors.key_rows + key_head * problem.padded_length() * key_stride;
+  const float* const values =
+      tensors.value_rows + key_head * problem.padded_length() * value_stride;
+  const HeadPositions queries = {sample, head % problem.query_heads, first,
+                                 clamp(problem.length - first, 0, kColumn)};
 
   VisibleKeys visible;
   visible.of_queries(problem, sample, first);
-  transpose_panels(buffers.query.of_head(problem, head) + first * buffers.query.stride,
-                   buffers.query.stride, kColumn, width, panel);
-  __builtin_memset(out, 0, value_width * kColumn * sizeof(float));
+  read_rows(tensors.query, queries, kColumn, scratch.rows);
+  transpose_panels(scratch.rows, tensors.query.row_stride(), kColumn, width, scratch.query_panel);
+  __builtin_memset(scratch.out, 0, value_width * kColumn * sizeof(float));
   RunningSoftmax softmax = {};
   softmax.maxima[0] = softmax.maxima[1] = broadcast(-kInfinity);
 
   for (int64_t tile = visible.any_begin / kRows * kRows; tile < visible.any_end;
        tile += kForwardKeys) {
-    const int64_t count =
-        smaller(kForwardKeys, (visible.any_end - tile + kRows - 1) / kRows * kRows);
+    const int64_t count = smaller(kForwardKeys, round_up(visible.any_end - tile, kRows));
     Floats tile_maxima[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
     for (int64_t row = 0; row < count; row += kRows) {
-      const Block<2> block = visible_logits(keys + (tile + row) * buffers.key.stride,
-                                            buffers.key.stride, panel, width, tile + row, visible);
+      const Block<2> block = visible_logits(keys + (tile + row) * key_stride, key_stride,
+                                            scratch.query_panel, width, tile + row, visible);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int vector = 0; vector < 2; ++vector) {
           tile_maxima[vector] = maximum(block.sums[i][vector], tile_maxima[vector]);
-          store(logits + (row + i) * kColumn + vector * kVector, block.sums[i][vector]);
+          store(scratch.logits + (row + i) * kColumn + vector * kVector, block.sums[i][vector]);
         }
       }
     }
-    softmax.update(logits, count, tile_maxima, problem.scale);
+    softmax.update(scratch.logits, count, tile_maxima, problem.scale);
     for (int64_t row = 0; row < value_width; row += kRows) {
       const Block<2> block = block_product<Left::kColumnByColumn, 2>(
-          values + tile * buffers.value.stride + row, buffers.value.stride, logits, kColumn, count);
+          values + tile * value_stride + row, value_stride, scratch.logits, kColumn, count);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int vector = 0; vector < 2; ++vector) {
-          float* const place = out + (row + i) * kColumn + vector * kVector;
+          float* const place = scratch.out + (row + i) * kColumn + vector * kVector;
           store(place, load(place) * softmax.correction[vector] + block.sums[i][vector]);
         }
       }
     }
   }
-
-  finish_forward(problem, buffers, softmax, head, first, out);
+  finish_forward(problem, tensors, scratch, softmax, head, queries);
 }
 
 }  // namespace megatron_kanana::cpu::MEGATRON_KANANA_CPU_TARGET

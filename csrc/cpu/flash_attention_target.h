@@ -8,10 +8,10 @@ namespace megatron_kanana::cpu {
 struct FlashAttentionTarget {
   const char* name;
   int64_t column;  // queries of a piece of the forward pass
-  int64_t (*forward_scratch)(const ForwardBuffers&);
-  int64_t (*backward_scratch)(const BackwardBuffers&);
-  void (*forward_piece)(const FlashAttentionProblem&, const ForwardBuffers&, int64_t, float*);
-  void (*backward_piece)(const FlashAttentionProblem&, const BackwardBuffers&, int64_t, float*);
+  int64_t (*forward_scratch)(const ForwardTensors&);
+  int64_t (*backward_scratch)(const FlashAttentionProblem&, const BackwardTensors&);
+  void (*forward_piece)(const FlashAttentionProblem&, const ForwardTensors&, int64_t, float*);
+  void (*backward_piece)(const FlashAttentionProblem&, const BackwardTensors&, int64_t, float*);
 };
 
 extern const FlashAttentionTarget kAvx512;

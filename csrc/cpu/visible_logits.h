@@ -12,6 +12,12 @@ constexpr float kInfinity = __builtin_inff();
 
 MEGATRON_KANANA_INLINE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 MEGATRON_KANANA_INLINE int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
+MEGATRON_KANANA_INLINE int64_t clamp(int64_t x, int64_t least, int64_t most) {
+  return larger(smaller(x, most), least);
+}
+MEGATRON_KANANA_INLINE int64_t round_up(int64_t x, int64_t unit) {
+  return (x + unit - 1) / unit * unit;
+}
 
 // The keys [begin, end) that each of a column's queries sees: nothing where they are equal.
 struct VisibleKeys {

@@ -11,13 +11,11 @@
 #include <string>
 #include <tuple>
 
-#include "../cpu/head_rows.h"
 #include "flash_attention_checks.h"
 
 namespace megatron_kanana {
 namespace {
 
-using cpu::HeadRows;
 using cpu::StridedTensor;
 
 // Positions outside the sequence would be read as keys.
@@ -47,8 +45,6 @@ cpu::FlashAttentionProblem problem_of(const FlashAttentionSizes& sizes, double s
           sizes.batch,
           sizes.query_heads,
           sizes.key_heads,
-          sizes.width,
-          sizes.value_width,
           static_cast<float>(softmax_scale),
           causal,
           documents.has_value() ? documents->const_data_ptr<int32_t>() : nullptr};
@@ -62,42 +58,6 @@ StridedTensor strided(const at::Tensor& tensor) {
           tensor.stride(2),
           tensor.size(3)};
 }
-
-// Rows in memory of their own.
-struct OwnedRows : HeadRows {
-  at::Tensor memory;
-
-  OwnedRows(const cpu::FlashAttentionProblem& problem, int64_t heads, int64_t width,
-            int64_t copies = 1)
-      : HeadRows(HeadRows::of_width(heads, width)),
-        memory(at::empty({copies * floats(problem)}, at::kFloat)) {
-    data = memory.mutable_data_ptr<float>();
-  }
-
-  // Holding the same as `tensor`.
-  OwnedRows(const cpu::FlashAttentionProblem& problem, const at::Tensor& tensor)
-      : OwnedRows(problem, tensor.size(2), tensor.size(3)) {
-    const StridedTensor source = strided(tensor);
-    at::parallel_for(0, cpu::count_tiles(problem, *this), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        cpu::copy_tile_in(problem, source, *this, tile);
-      }
-    });
-  }
-
-  // A new contiguous tensor of `factor` times the sum over `copies`.
-  at::Tensor to_tensor(const cpu::FlashAttentionProblem& problem, int64_t tensor_width,
-                       at::ScalarType dtype, float factor = 1.0f, int64_t copies = 1) const {
-    at::Tensor tensor = at::empty({problem.length, problem.batch, heads, tensor_width}, dtype);
-    const StridedTensor target = strided(tensor);
-    at::parallel_for(0, cpu::count_tiles(problem, *this), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        cpu::copy_tile_out(problem, *this, copies, factor, target, tile);
-      }
-    });
-    return tensor;
-  }
-};
 
 // Calls work(piece, scratch) for every piece, each thread taking the next one when it is done with
 // its last: pieces differ in work.
@@ -132,36 +92,32 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_forward(
   const FlashAttentionSizes sizes =
       check_attention_forward(query, key, value, softmax_scale, documents, max_logits);
   const auto problem = problem_of(sizes, softmax_scale, causal, documents);
-  const OwnedRows queries(problem, query), keys(problem, key), values(problem, value);
-  const OwnedRows out(problem, sizes.query_heads, sizes.value_width);
-  const int64_t pieces_of_head = cpu::forward_pieces_of_head(problem);
+  at::Tensor out =
+      at::empty({sizes.length, sizes.batch, sizes.query_heads, sizes.value_width}, query.options());
   at::Tensor logsumexp = at::empty({sizes.batch, sizes.query_heads, sizes.length}, at::kFloat);
-  at::Tensor maxima = at::empty({sizes.batch, sizes.query_heads, pieces_of_head}, at::kFloat);
-  const cpu::ForwardBuffers buffers = {queries,
+  at::Tensor maxima =
+      at::empty({sizes.batch, sizes.query_heads, cpu::forward_pieces_of_head(problem)}, at::kFloat);
+  const StridedTensor keys = strided(key), values = strided(value);
+  const int64_t key_heads = sizes.batch * sizes.key_heads;
+  const int64_t rows = key_heads * problem.padded_length();
+  at::Tensor key_rows = at::empty({rows, keys.row_stride()}, at::kFloat);
+  at::Tensor value_rows = at::empty({rows, values.row_stride()}, at::kFloat);
+  const cpu::ForwardTensors tensors = {strided(query),
                                        keys,
                                        values,
-                                       out,
+                                       strided(out),
+                                       key_rows.mutable_data_ptr<float>(),
+                                       value_rows.mutable_data_ptr<float>(),
                                        logsumexp.mutable_data_ptr<float>(),
                                        maxima.mutable_data_ptr<float>()};
-  for_each_piece(maxima.numel(), cpu::forward_scratch(buffers), [&](int64_t piece, float* scratch) {
-    cpu::forward_piece(problem, buffers, piece, scratch);
+  at::parallel_for(0, key_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) cpu::prepare_forward(problem, tensors, head);
+  });
+  for_each_piece(maxima.numel(), cpu::forward_scratch(tensors), [&](int64_t piece, float* scratch) {
+    cpu::forward_piece(problem, tensors, piece, scratch);
   });
   if (max_logits.has_value()) update_max_logits(maxima, *max_logits);
-  return {out.to_tensor(problem, sizes.value_width, value.scalar_type()), logsumexp};
-}
-
-at::Tensor delta_of(const cpu::FlashAttentionProblem& problem, const at::Tensor& out,
-                    const HeadRows& grad_out) {
-  at::Tensor delta =
-      at::empty({problem.batch, problem.query_heads, problem.padded_length()}, at::kFloat);
-  float* const data = delta.mutable_data_ptr<float>();
-  const StridedTensor source = strided(out);
-  at::parallel_for(0, cpu::count_tiles(problem, grad_out), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      cpu::delta_of_tile(problem, source, grad_out, data, tile);
-    }
-  });
-  return delta;
+  return {out, logsumexp};
 }
 
 // Always deterministic.
@@ -172,31 +128,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(
   const FlashAttentionSizes sizes = check_attention_backward(grad_out, query, key, value, out,
                                                              logsumexp, softmax_scale, documents);
   const auto problem = problem_of(sizes, softmax_scale, causal, documents);
-  const OwnedRows queries(problem, query), keys(problem, key), values(problem, value);
-  const OwnedRows grads(problem, grad_out);
-  const at::Tensor delta = delta_of(problem, out, grads);
   const int64_t chunks = cpu::backward_chunks(problem);
-  const OwnedRows grad_query(problem, sizes.query_heads, sizes.width, chunks);
-  const OwnedRows grad_key(problem, sizes.key_heads, sizes.width);
-  const OwnedRows grad_value(problem, sizes.key_heads, sizes.value_width);
-  const cpu::BackwardBuffers buffers = {queries,
-                                        keys,
-                                        values,
-                                        grads,
-                                        logsumexp.const_data_ptr<float>(),
-                                        delta.const_data_ptr<float>(),
-                                        grad_query,
-                                        grad_key,
-                                        grad_value,
-                                        chunks};
-  for_each_piece(sizes.batch * sizes.key_heads * chunks, cpu::backward_scratch(buffers),
+  at::Tensor grad_query =
+      at::empty({chunks, sizes.length, sizes.batch, sizes.query_heads, sizes.width},
+                chunks == 1 ? query.options() : query.options().dtype(at::kFloat));
+  at::Tensor grad_key = at::empty(key.sizes(), key.options());
+  at::Tensor grad_value = at::empty(value.sizes(), value.options());
+  const cpu::BackwardTensors tensors = {strided(query),         strided(key),
+                                        strided(value),         strided(out),
+                                        strided(grad_out),      logsumexp.const_data_ptr<float>(),
+                                        strided(grad_query[0]), chunks,
+                                        grad_query.stride(0),   strided(grad_key),
+                                        strided(grad_value)};
+  for_each_piece(sizes.batch * sizes.key_heads * chunks, cpu::backward_scratch(problem, tensors),
                  [&](int64_t piece, float* scratch) {
-                   cpu::backward_piece(problem, buffers, piece, scratch);
+                   cpu::backward_piece(problem, tensors, piece, scratch);
                  });
-  const at::ScalarType dtype = query.scalar_type();
-  return {grad_query.to_tensor(problem, sizes.width, dtype, problem.scale, chunks),
-          grad_key.to_tensor(problem, sizes.width, dtype, problem.scale),
-          grad_value.to_tensor(problem, sizes.value_width, dtype)};
+  at::Tensor sum = grad_query[0];
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) sum.add_(grad_query[chunk]);
+  if (chunks > 1) sum = sum.to(query.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  return {sum, grad_key, grad_value};
 }
 
 }  // namespace
