@@ -14,8 +14,8 @@ from .native import has_attention_for, native_library_error
 logger = logging.getLogger(__name__)
 
 _PACKAGES = {
-    "cudnn": ("cudnn", "nvidia-cudnn-frontend[cutedsl]"),
-    "te": ("transformer_engine", "transformer-engine[pytorch]"),
+    "cudnn": ("cudnn.flex_attention", "nvidia-cudnn-frontend[cutedsl]"),
+    "te": ("transformer_engine.pytorch", "transformer-engine[pytorch]"),
 }
 
 
@@ -60,9 +60,16 @@ def _error(
         return _csrc_error(device_type, dtype, widths)
     if backend in _PACKAGES:
         module, package = _PACKAGES[backend]
-        if importlib.util.find_spec(module) is None:
-            return f"{package} is not installed (pip install '{package}')"
+        if not _is_installed(module):
+            return f"{package} is not installed, or too old (pip install --upgrade '{package}')"
     return None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package it is in
+        return False
 
 
 def _csrc_error(device_type: str, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:

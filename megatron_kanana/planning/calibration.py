@@ -124,7 +124,7 @@ TORCH = Implementation(
     host_layer=TRANSFORMER_ENGINE.host_layer,
     host_stage=TRANSFORMER_ENGINE.host_stage,
 )
-"""This version of megatron_kanana: plain torch, experts one after another, SDPA."""
+"""This version with `kernels.backend=sdpa`: plain torch, experts one after another."""
 
 IMPLEMENTATIONS = {each.name: each for each in (TORCH, TRANSFORMER_ENGINE, DEEPEP)}
 
