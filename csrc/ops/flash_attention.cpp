@@ -152,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
+TORCH_LIBRARY(megatron_kanana, library) {
   library.def(
       "flash_attention_forward(Tensor query, Tensor key, Tensor value, float softmax_scale, "
       "bool causal, Tensor? documents, Tensor(a!)? max_logits) -> (Tensor out, Tensor logsumexp)");
