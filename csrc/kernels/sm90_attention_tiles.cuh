@@ -22,18 +22,48 @@ struct Ring {
   }
 };
 
-// Writes a warpgroup's 64 rows of bf16, two columns packed, in swizzled chunks of 64 columns. The
-// order is that of an accumulator, and of the products' operand A.
-template <int kParts>
-__device__ __forceinline__ void stage_tile(uint32_t address, const uint32_t (&packed)[kParts][4]) {
+// Work of `rows` tiles for each head, in an order that keeps what is read in the level-2 cache and
+// ends evenly: heads in groups, the last of them larger; within a group row 0 of each head first,
+// then row 1.
+struct HeadGroups {
+  int rows;
+  int heads;
+  int heads_of_a_group;
+  int last_group;  // the first head of it
+
+  struct Place {
+    int row;
+    int head;
+  };
+
+  __device__ __forceinline__ Place of(int tile) const {
+    const int head = tile / rows;
+    int first = last_group, group = heads - last_group;
+    if (head < last_group) {
+      first = head / heads_of_a_group * heads_of_a_group;
+      group = heads_of_a_group;
+    }
+    const int within = tile - first * rows;
+    return {within / group, first + within % group};
+  }
+};
+
+// Where a lane's row of part `i` lies, 16 columns of 64 rows of a warpgroup, in swizzled chunks of
+// 64 columns: as store_matrices and load_matrices ask for.
+__device__ __forceinline__ uint32_t part_address(uint32_t tile, int i) {
   const int lane = threadIdx.x % kWarp;
   const int row = threadIdx.x % kWarpgroup / kWarp * 16 + lane % 16;
+  const int column16 = 2 * i + lane / 16;  // in units of 8 columns, 16 bytes
+  return tile + column16 / 8 * 64 * 128 + row * 128 + ((column16 % 8) ^ (row % 8)) * 16;
+}
+
+// Writes a warpgroup's 64 rows of bf16, two columns packed. The order is that of an accumulator,
+// and of the products' operand A in registers.
+template <int kParts>
+__device__ __forceinline__ void stage_tile(uint32_t tile, const uint32_t (&packed)[kParts][4]) {
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
-    const int column16 = 2 * i + lane / 16;  // in units of 8 columns, 16 bytes
-    const uint32_t place =
-        address + column16 / 8 * 64 * 128 + row * 128 + ((column16 % 8) ^ (row % 8)) * 16;
-    store_matrices(place, packed[i][0], packed[i][1], packed[i][2], packed[i][3]);
+    store_matrices(part_address(tile, i), packed[i][0], packed[i][1], packed[i][2], packed[i][3]);
   }
 }
 

@@ -4,8 +4,8 @@
 #include <stdexcept>
 
 #include "flash_attention_backward_edges.cuh"
+#include "sm90_attention_launch.h"
 #include "sm90_flash_attention_backward.cuh"
-#include "sm90_tensor_map.h"
 
 namespace megatron_kanana {
 namespace {
@@ -14,17 +14,16 @@ using namespace sm90;
 
 constexpr int kQueries = 64;  // of a tile
 
-// Parts of the workspace, in floats (or numbers of as many bytes); those that begin at zero first.
+// Parts of the workspace, in floats (or numbers of as many bytes); the first two begin at zero.
 struct Workspace {
-  int64_t grad_query, finished, zeroed, statistics, total;
+  int64_t grad_query, finished, statistics, total;
 
   explicit Workspace(const AttentionProblem& p) {
     const int64_t tiles = int64_t(p.batch) * p.heads * ((p.sequence + kQueries - 1) / kQueries);
     grad_query = tiles * kQueries * p.width;
     finished = (2 * tiles + 1 + 3) / 4 * 4;  // copies start at multiples of 16 bytes
-    zeroed = grad_query + finished;
     statistics = tiles * kQueries;
-    total = zeroed + 2 * statistics;
+    total = grad_query + finished + 2 * statistics;
   }
 };
 
@@ -39,13 +38,17 @@ void launch(const AttentionProblem& p, const AttentionTensor& grad_out,
   const Workspace parts(p);
   const int tiles = (p.sequence + kQueries - 1) / kQueries;
   const int64_t rows = parts.statistics;
-  const int64_t blocks =
-      int64_t(p.batch) * p.key_heads * ((p.sequence + Tile::kKeys - 1) / Tile::kKeys);
+  const int key_tiles = (p.sequence + Tile::kKeys - 1) / Tile::kKeys;
+  const int key_heads = p.batch * p.key_heads;  // of all samples
+  const int64_t blocks = int64_t(key_heads) * key_tiles;
+  // In a fixed order blocks wait for those before them, so a head's blocks are best begun together.
+  HeadGroups order = head_groups(key_tiles, key_heads, multiprocessor_count());
+  if (deterministic) order = {key_tiles, key_heads, 1, key_heads};
   if (rows * 16 / kEdgeThreads > INT32_MAX) {
     throw std::runtime_error("attention has too many tiles");
   }
   auto* finished = reinterpret_cast<int32_t*>(workspace + parts.grad_query);
-  float* logsumexp_log2 = workspace + parts.zeroed;
+  float* logsumexp_log2 = workspace + parts.grad_query + parts.finished;
   float* out_dot_grad = logsumexp_log2 + parts.statistics;
   const auto map = [&](const AttentionTensor& tensor, int heads, int width, int box_rows,
                        int columns) {
@@ -68,11 +71,12 @@ void launch(const AttentionProblem& p, const AttentionTensor& grad_out,
       .batch = p.batch,
       .heads = p.heads,
       .queries_of_a_key = p.heads / p.key_heads,
+      .order = order,
       .softmax_scale = p.softmax_scale,
       .causal = p.causal,
   };
 
-  cudaMemsetAsync(workspace, 0, parts.zeroed * sizeof(float), stream);
+  cudaMemsetAsync(workspace, 0, (parts.grad_query + parts.finished) * sizeof(float), stream);
   constexpr int kRowsOfABlock = kEdgeThreads / (kValueWidth / 8);
   backward_prepare_kernel<kValueWidth>
       <<<static_cast<int>((rows + kRowsOfABlock - 1) / kRowsOfABlock), kEdgeThreads, 0, stream>>>(

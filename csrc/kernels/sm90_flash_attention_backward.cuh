@@ -34,12 +34,15 @@ struct BackwardArguments {
   // where a query sees nothing; sum of grad_out times out.
   const float* logsumexp_log2;
   const float* out_dot_grad;
-  float* grad_query;    // fp32 [batch, heads, tiles, 2, 16-row fragments], see `grad_query_part`
-  int32_t* finished;    // [batch, heads, tiles, 2], zeroed; null where the order is free
-  int32_t* next_block;  // zeroed; null where the order is free
+  float* grad_query;  // fp32 [batch, heads, tiles, 2, 16-row fragments], see `grad_query_part`
+  // Where sums have a fixed order, else null; zeroed. One more than the row of keys that was added
+  // last to a part of grad_query, [batch, heads, tiles, 2]; the number of blocks begun.
+  int32_t* finished;
+  int32_t* next_block;
   const int32_t* documents;
   int sequence, batch, heads;
   int queries_of_a_key;
+  HeadGroups order;
   float softmax_scale;
   bool causal;
 };
@@ -92,13 +95,13 @@ struct BackwardWork {
 
   template <class Tile>
   __device__ static BackwardWork of(const BackwardArguments& arguments, int block) {
-    const int rows = (arguments.sequence + Tile::kKeys - 1) / Tile::kKeys;
     const int key_heads = arguments.heads / arguments.queries_of_a_key;
-    const int head = block / rows;
+    const auto place = arguments.order.of(block);
     // Where the order of sums is fixed, blocks wait for those with later keys; else the first
     // keys, which most queries see, come first.
-    const int row = arguments.finished != nullptr ? rows - 1 - block % rows : block % rows;
-    return {row * Tile::kKeys, head % key_heads, head / key_heads};
+    const int row =
+        arguments.next_block != nullptr ? arguments.order.rows - 1 - place.row : place.row;
+    return {row * Tile::kKeys, place.head % key_heads, place.head / key_heads};
   }
 };
 
@@ -174,6 +177,7 @@ __device__ void load_backward(const BackwardArguments& arguments, const Backward
 template <class Tile>
 __device__ void add_grad_query(const BackwardArguments& arguments, const BackwardWork& work,
                                Run tiles, int half, typename Tile::Shared& shared) {
+  constexpr int kBytes = Tile::kPartFloats * sizeof(float);
   const AttentionMask mask(arguments.sequence, arguments.batch, work.sample, arguments.causal,
                            arguments.documents);
   const int row = work.first_key / Tile::kKeys;
@@ -194,7 +198,7 @@ __device__ void add_grad_query(const BackwardArguments& arguments, const Backwar
           __threadfence();
         }
         add_floats(arguments.grad_query + part * Tile::kPartFloats, shared.grad_query[half],
-                   Tile::kPartFloats * sizeof(float));
+                   kBytes);
         bulk_commit();
         if (finished != nullptr) {
           bulk_wait();
@@ -218,8 +222,8 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
   constexpr int kValueWidth = Tile::kValueWidth;
   constexpr int kQueries = Tile::kQueries;
   constexpr int kKeys = Tile::kKeys;
-  constexpr int kFirstPart = 1, kSecondPart = 3, kParts = kQueries / 16;  // of the product for dK
-  const int half = threadIdx.x / kWarpgroup - 1;
+  constexpr int kFirstPart = 1, kSecondPart = 2, kParts = kQueries / 16;  // of the product for dK
+  const int half = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup - 1, 0);  // uniform
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = threadIdx.x % kWarp;
   const float scale_log2 = arguments.softmax_scale * kLog2E;
@@ -232,9 +236,12 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
   // A tile with rows past the end is masked whole.
   const int all_seen_to = first_row + 64 > arguments.sequence ? 0 : mask.queries_of(first_row).end;
 
-  const uint32_t key = shared_address(shared.key);
-  const uint32_t value = shared_address(shared.value) + half * 64 * 128;
-  const uint32_t grad_scores = shared_address(shared.grad_scores);
+  const uint64_t key = descriptor<Swizzle::k64>(shared_address(shared.key) + half * 64 * 64);
+  const uint64_t key_columns = descriptor<Swizzle::k64>(
+      shared_address(shared.key) + half * (kWidth / 64) * kKeys * 64, kKeys * 64);
+  const uint64_t value = descriptor<Swizzle::k128>(shared_address(shared.value) + half * 64 * 128);
+  const uint64_t grad_scores = descriptor<Swizzle::k128>(shared_address(shared.grad_scores));
+  const uint32_t own_grad_scores = shared_address(shared.grad_scores) + half * 64 * 128;
 
   float grad_key[kWidth / 2];
   float grad_value[kValueWidth / 2];
@@ -250,26 +257,25 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
 
   // Parts [begin, end) of dK += dS^T Q.
   const auto multiply_grad_key = [&](int stage, auto begin, auto end) {
-    const uint32_t query = shared_address(shared.query[stage]);
+    const uint64_t query =
+        descriptor<Swizzle::k128>(shared_address(shared.query[stage]), kQueries * 128);
     wgmma_fence();
 #pragma unroll
     for (int k = begin; k < end; ++k) {
-      wgmma<false, true>(grad_key,
-                         descriptor<Swizzle::k128>(grad_scores + half * 64 * 128 + k * 32),
-                         descriptor<Swizzle::k128>(query + k * 16 * 128, kQueries * 128), true);
+      wgmma<false, true>(grad_key, advance(grad_scores, half * 64 * 128 + k * 32),
+                         advance(query, k * 16 * 128), true);
     }
     wgmma_commit();
   };
   float scores[kQueries / 2];
   const auto multiply_scores = [&](const Ring<Tile::kStages>& at) {
-    const uint32_t query = shared_address(shared.query[at.stage]);
+    const uint64_t query = descriptor<Swizzle::k128>(shared_address(shared.query[at.stage]));
     hold(scores);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kWidth / 16; ++k) {
-      wgmma<false, false>(
-          scores, descriptor<Swizzle::k64>(key + half * 64 * 64 + k / 2 * kKeys * 64 + k % 2 * 32),
-          descriptor<Swizzle::k128>(query + k / 4 * kQueries * 128 + k % 4 * 32), k > 0);
+      wgmma<false, false>(scores, advance(key, k / 2 * kKeys * 64 + k % 2 * 32),
+                          advance(query, k / 4 * kQueries * 128 + k % 4 * 32), k > 0);
     }
     wgmma_commit();
   };
@@ -283,7 +289,7 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
 
   // The first step completes a step before it, of zeros.
   const uint32_t zeros[kParts][4] = {};
-  stage_tile(grad_scores + half * 64 * 128, zeros);
+  stage_tile(own_grad_scores, zeros);
   fence_shared_for_async();
   named_sync(kGradScoresFree + half, kWarpgroup);
   barrier_wait(&shared.key_full, 0);
@@ -322,16 +328,16 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
     }
 
     barrier_wait(&shared.grad_out_full[ring.stage], ring.parity);
-    const uint32_t grad_out = shared_address(shared.grad_out[ring.stage]);
+    const uint32_t grad_out_address = shared_address(shared.grad_out[ring.stage]);
+    const uint64_t grad_out = descriptor<Swizzle::k128>(grad_out_address);
+    const uint64_t grad_out_rows = descriptor<Swizzle::k128>(grad_out_address, kQueries * 128);
     float grad_weights[kQueries / 2];
     hold(grad_weights);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kValueWidth / 16; ++k) {
-      const uint32_t within = k % 4 * 32;
-      wgmma<false, false>(
-          grad_weights, descriptor<Swizzle::k128>(value + k / 4 * kKeys * 128 + within),
-          descriptor<Swizzle::k128>(grad_out + k / 4 * kQueries * 128 + within), k > 0);
+      wgmma<false, false>(grad_weights, advance(value, k / 4 * kKeys * 128 + k % 4 * 32),
+                          advance(grad_out, k / 4 * kQueries * 128 + k % 4 * 32), k > 0);
     }
     wgmma_commit();
     multiply_grad_key(last_stage, kSecond, kEnd);
@@ -363,11 +369,10 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k) {
-      wgmma<true>(grad_value, rounded_weights[k],
-                  descriptor<Swizzle::k128>(grad_out + k * 16 * 128, kQueries * 128), true);
+      wgmma<true>(grad_value, rounded_weights[k], advance(grad_out_rows, k * 16 * 128), true);
     }
     wgmma_commit();
-    stage_tile(grad_scores + half * 64 * 128, rounded);
+    stage_tile(own_grad_scores, rounded);
     fence_shared_for_async();
     named_sync(kGradScoresWritten, 2 * kWarpgroup);
     wgmma_wait<0>();
@@ -379,10 +384,8 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      wgmma<true, true>(grad_query, descriptor<Swizzle::k128>(grad_scores + k * 16 * 128),
-                        descriptor<Swizzle::k64>(
-                            key + half * (kWidth / 64) * kKeys * 64 + k * 16 * 64, kKeys * 64),
-                        k > 0);
+      wgmma<true, true>(grad_query, advance(grad_scores, k * 16 * 128),
+                        advance(key_columns, k * 16 * 64), k > 0);
     }
     wgmma_commit();
     multiply_grad_key(ring.stage, kBegin, kFirst);

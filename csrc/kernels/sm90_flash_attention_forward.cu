@@ -4,28 +4,23 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "sm90_attention_launch.h"
 #include "sm90_flash_attention_forward.cuh"
-#include "sm90_tensor_map.h"
 
 namespace megatron_kanana {
 namespace {
 
 using namespace sm90;
 
-// Heads whose keys and values stay in the level-2 cache together; queries pass through.
-int heads_at_once(const AttentionProblem& problem) {
-  constexpr int64_t kCache = 24 << 20;
-  const int64_t bytes = int64_t(problem.sequence) * (problem.width + problem.value_width) * 2;
-  const int64_t queries_of_a_key = problem.heads / problem.key_heads;
-  return static_cast<int>(std::max<int64_t>(1, kCache / bytes) * queries_of_a_key);
-}
-
 template <int kWidth, int kValueWidth>
 void launch(const AttentionProblem& p, const AttentionTensor& query, const AttentionTensor& key,
             const AttentionTensor& value, const AttentionTensor& out, float* logsumexp,
             float* max_logits, int32_t* tile_counter, cudaStream_t stream) {
   using Tile = ForwardTile<kWidth, kValueWidth>;
-  constexpr int kHalf = Tile::kQueries / 2;
+  constexpr int kHalf = 64;
+  const int rows = (p.sequence + Tile::kQueries - 1) / Tile::kQueries;
+  const int64_t tiles = int64_t(p.batch) * p.heads * rows;
+  const int multiprocessors = multiprocessor_count();
   ForwardArguments arguments{
       .query = attention_tensor_map(query, p.sequence, p.batch, p.heads, kWidth, kHalf, 64),
       .key = attention_tensor_map(key, p.sequence, p.batch, p.key_heads, kWidth, Tile::kKeys, 64),
@@ -40,20 +35,15 @@ void launch(const AttentionProblem& p, const AttentionTensor& query, const Atten
       .batch = p.batch,
       .heads = p.heads,
       .queries_of_a_key = p.heads / p.key_heads,
-      .heads_at_once = std::min(heads_at_once(p), p.batch * p.heads),
+      .order = head_groups(rows, p.batch * p.heads, multiprocessors),
       .softmax_scale = p.softmax_scale,
       .causal = p.causal,
   };
-  int device = 0, multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t tiles =
-      int64_t(p.batch) * p.heads * ((p.sequence + Tile::kQueries - 1) / Tile::kQueries);
   if (tiles > INT32_MAX / 2) throw std::runtime_error("attention has too many tiles");
   cudaMemsetAsync(tile_counter, 0, sizeof(int32_t), stream);
   const auto kernel = forward_kernel<Tile>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
-  kernel<<<static_cast<int>(std::min<int64_t>(multiprocessors, tiles)), kForwardThreads,
+  kernel<<<static_cast<int>(std::min<int64_t>(multiprocessors, tiles)), Tile::kThreads,
            Tile::kSharedBytes, stream>>>(arguments);
   check_cuda("flash_attention_forward");
 }

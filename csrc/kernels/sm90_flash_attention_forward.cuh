@@ -14,8 +14,6 @@
 
 namespace megatron_kanana::sm90 {
 
-constexpr int kForwardThreads = 3 * kWarpgroup;
-
 struct ForwardArguments {
   CUtensorMap query, key, value, out;
   float* logsumexp;   // [batch, heads, sequence]
@@ -24,7 +22,7 @@ struct ForwardArguments {
   const int32_t* documents;
   int sequence, batch, heads;
   int queries_of_a_key;  // query heads that share a head of keys
-  int heads_at_once;     // heads worked on together, for the level-2 cache
+  HeadGroups order;
   float softmax_scale;
   bool causal;
 };
@@ -33,8 +31,10 @@ template <int kWidth_, int kValueWidth_>
 struct ForwardTile {
   static constexpr int kWidth = kWidth_;
   static constexpr int kValueWidth = kValueWidth_;
-  static constexpr int kQueries = 128;
+  static constexpr int kWarpgroups = 2;  // of 64 queries each
+  static constexpr int kQueries = 64 * kWarpgroups;
   static constexpr int kKeys = 128;
+  static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroup;
   static constexpr int kStages = 2;
   static constexpr int kQueryBytes = 64 * kWidth * 2;  // of one warpgroup
   static constexpr int kKeyBytes = kKeys * kWidth * 2;
@@ -42,17 +42,18 @@ struct ForwardTile {
 
   // Chunks of columns follow each other: [chunk][row][64 columns].
   struct Shared {
-    uint8_t query[2][kQueryBytes];  // later the output of the same rows
+    uint8_t query[kWarpgroups][kQueryBytes];
     uint8_t key[kStages][kKeyBytes];
     uint8_t value[kStages][kValueBytes];
-    uint64_t query_full[2], query_empty[2];
+    uint8_t out[kWarpgroups][64 * kChunk * 2];
+    uint64_t query_full[kWarpgroups], query_empty[kWarpgroups];
     uint64_t key_full[kStages], key_empty[kStages];
     uint64_t value_full[kStages], value_empty[kStages];
     uint64_t tile_full[2], tile_empty[2];
     int tile[2];
   };
-  static_assert(kValueWidth <= kWidth, "the output takes the queries' place");
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // to align it
+  static_assert(kSharedBytes <= 227 * 1024);
 };
 
 struct ForwardWork {
@@ -60,34 +61,29 @@ struct ForwardWork {
   int head;  // of the sample
   int sample;
 
-  // Heads in groups that the cache holds; within a group the last queries, which see most keys,
-  // come first.
+  // The last queries see most keys and come first.
   template <class Tile>
   __device__ static ForwardWork of(const ForwardArguments& arguments, int tile) {
-    const int rows = (arguments.sequence + Tile::kQueries - 1) / Tile::kQueries;
-    const int all_heads = arguments.batch * arguments.heads;
-    const int group = tile / (arguments.heads_at_once * rows);
-    const int first_head = group * arguments.heads_at_once;
-    const int heads = min(arguments.heads_at_once, all_heads - first_head);
-    const int within = tile - first_head * rows;
-    const int head = first_head + within % heads;
-    return {(rows - 1 - within / heads) * Tile::kQueries, head % arguments.heads,
-            head / arguments.heads};
-  }
-
-  template <class Tile>
-  __device__ static int count(const ForwardArguments& arguments) {
-    return (arguments.sequence + Tile::kQueries - 1) / Tile::kQueries * arguments.batch *
-           arguments.heads;
+    const auto place = arguments.order.of(tile);
+    return {(arguments.order.rows - 1 - place.row) * Tile::kQueries, place.head % arguments.heads,
+            place.head / arguments.heads};
   }
 };
+
+// Tiles of keys that queries of a tile see: at least one, if only to see nothing of it.
+template <class Tile>
+__device__ Run key_tiles_of(const AttentionMask& mask, int first_query) {
+  Run tiles = mask.key_tiles<Tile::kQueries, Tile::kKeys>(first_query);
+  tiles.end = max(tiles.begin + 1, tiles.end);
+  return tiles;
+}
 
 template <class Tile>
 __device__ void load_forward(const ForwardArguments& arguments, typename Tile::Shared& shared) {
   Ring<Tile::kStages> keys, values;
   Ring<2> slots;
   uint32_t query_parity = 1;
-  const int tiles = ForwardWork::count<Tile>(arguments);
+  const int tiles = arguments.order.rows * arguments.order.heads;
   for (int tile = blockIdx.x;; slots.advance()) {
     barrier_wait(&shared.tile_empty[slots.stage], slots.parity ^ 1);
     shared.tile[slots.stage] = tile;
@@ -99,7 +95,7 @@ __device__ void load_forward(const ForwardArguments& arguments, typename Tile::S
     const int key_head = work.head / arguments.queries_of_a_key;
     const AttentionMask mask(arguments.sequence, arguments.batch, work.sample, arguments.causal,
                              arguments.documents);
-    const Run blocks = mask.key_tiles<Tile::kQueries, Tile::kKeys>(work.first_query);
+    const Run blocks = key_tiles_of<Tile>(mask, work.first_query);
 
     const auto load_keys = [&](int block) {
       barrier_wait(&shared.key_empty[keys.stage], keys.parity ^ 1);
@@ -124,9 +120,9 @@ __device__ void load_forward(const ForwardArguments& arguments, typename Tile::S
       values.advance();
     };
 
-    if (blocks.begin < blocks.end) load_keys(blocks.end - 1);
+    load_keys(blocks.end - 1);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < Tile::kWarpgroups; ++half) {
       barrier_wait(&shared.query_empty[half], query_parity);
       uint64_t* full = &shared.query_full[half];
       barrier_expect(full, Tile::kQueryBytes);
@@ -141,37 +137,46 @@ __device__ void load_forward(const ForwardArguments& arguments, typename Tile::S
       load_keys(block - 1);
       load_values(block);
     }
-    if (blocks.begin < blocks.end) load_values(blocks.begin);
+    load_values(blocks.begin);
     tile = next;
   }
 }
 
-// Two rows of a thread: what they see, their running maximum of unscaled logits, their sums.
+// Scores of two rows of a thread, from `first_key` on, that the rows do not see become infinite.
+template <int kCount>
+__device__ __forceinline__ void hide(float (&scores)[kCount], int first_key, Run upper, Run lower) {
+  const int column = first_key + 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int key = column + i / 4 * 8 + i % 2;
+    const Run& run = i / 2 % 2 == 0 ? upper : lower;
+    if (key < run.begin || key >= run.end) scores[i] = -INFINITY;
+  }
+}
+
+// Two rows of a thread: their running maximum of unscaled logits, their sums.
 struct SoftmaxRows {
-  Run visible[2];
   float maximum[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
-
-  template <int kCount>
-  __device__ __forceinline__ void hide(float (&scores)[kCount], int first_key) const {
-    const int column = first_key + 2 * (threadIdx.x % 4);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int key = column + i / 4 * 8 + i % 2;
-      const Run& run = visible[i / 2 % 2];
-      if (key < run.begin || key >= run.end) scores[i] = -INFINITY;
-    }
-  }
 
   // scores to exp(scale * (scores - maximum)), sums brought up to date; `decay` is what earlier
   // sums and outputs shrink by.
   template <int kCount>
   __device__ __forceinline__ void update(float (&scores)[kCount], float scale_log2,
                                          float (&decay)[2]) {
-    float highest[2] = {maximum[0], maximum[1]};
+    // Four chains a row: one would wait for each comparison.
+    float chains[2][4];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], scores[i]);
+      float& chain = chains[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+      chain = i < 8 ? scores[i] : fmaxf(chain, scores[i]);
+    }
+    float highest[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      highest[row] =
+          fmaxf(fmaxf(fmaxf(chains[row][0], chains[row][1]), fmaxf(chains[row][2], chains[row][3])),
+                maximum[row]);
     }
     float shift[2];
 #pragma unroll
@@ -194,7 +199,6 @@ struct SoftmaxRows {
 
 __device__ __forceinline__ void atomic_maximum(float* address, float value) {
   value += 0.0f;  // minus zero has the bits of the smallest integer
-  if (value <= *const_cast<volatile float*>(address)) return;
   if (value >= 0.0f) {
     atomicMax(reinterpret_cast<int*>(address), __float_as_int(value));
   } else {
@@ -202,33 +206,95 @@ __device__ __forceinline__ void atomic_maximum(float* address, float value) {
   }
 }
 
+// The rows of a thread are complete: their outputs are normalised, their logsumexp written, and the
+// head's largest logit raised.
+template <int kCount>
+__device__ __forceinline__ void finish_rows(const ForwardArguments& arguments,
+                                            const ForwardWork& work, int row, SoftmaxRows& rows,
+                                            float (&out)[kCount]) {
+  const int lane = threadIdx.x % kWarp;
+  float inverse[2];
+  float highest = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sum = rows.sum[i];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    inverse[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    if (row + 8 * i < arguments.sequence) {
+      const float largest = rows.maximum[i] * arguments.softmax_scale;
+      highest = fmaxf(highest, largest);
+      if (lane % 4 == 0) {
+        const int64_t head = int64_t(work.sample) * arguments.heads + work.head;
+        arguments.logsumexp[head * arguments.sequence + row + 8 * i] =
+            sum == 0.0f ? -INFINITY : largest + __logf(sum);
+      }
+    }
+  }
+  if (arguments.max_logits != nullptr) {
+#pragma unroll
+    for (int lanes = 4; lanes < kWarp; lanes *= 2) {
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, lanes));
+    }
+    if (lane == 0) atomic_maximum(arguments.max_logits + work.head, highest);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] *= inverse[i / 2 % 2];
+}
+
+// A warpgroup's outputs, 64 columns at a time, through `staging` (64 rows x 64 columns).
+template <class Tile>
+__device__ __forceinline__ void store_rows(const ForwardArguments& arguments,
+                                           const ForwardWork& work, int first_row,
+                                           const float (&out)[Tile::kValueWidth / 2],
+                                           uint8_t* staging) {
+  const int thread = threadIdx.x % kWarpgroup;
+  const int barrier = threadIdx.x / kWarpgroup;
+#pragma unroll
+  for (int chunk = 0; chunk < Tile::kValueWidth / kChunk; ++chunk) {
+    uint32_t packed[kChunk / 16][4];
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; i += 2) {
+      packed[i / 8][i / 2 % 4] =
+          pack_bf16(out[chunk * kChunk / 2 + i], out[chunk * kChunk / 2 + i + 1]);
+    }
+    if (thread == 0) bulk_wait_read();
+    named_sync(barrier, kWarpgroup);
+    stage_tile(shared_address(staging), packed);
+    fence_shared_for_async();
+    named_sync(barrier, kWarpgroup);
+    if (thread == 0) {
+      store_box(&arguments.out, staging, chunk * kChunk, first_row, work.head, work.sample);
+      bulk_commit();
+    }
+  }
+}
+
 template <class Tile>
 __device__ void multiply_forward(const ForwardArguments& arguments, typename Tile::Shared& shared) {
-  const int half = threadIdx.x / kWarpgroup - 1;
+  const int half = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup - 1, 0);  // uniform
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = threadIdx.x % kWarp;
   const float scale_log2 = arguments.softmax_scale * kLog2E;
-  const int tiles = ForwardWork::count<Tile>(arguments);
-  const uint32_t query = shared_address(shared.query[half]);
+  const int tiles = arguments.order.rows * arguments.order.heads;
+  const uint64_t query = descriptor<Swizzle::k128>(shared_address(shared.query[half]));
   Ring<Tile::kStages> keys, values;
   Ring<2> slots;
   uint32_t query_parity = 0;
 
   float scores[Tile::kKeys / 2];
   float out[Tile::kValueWidth / 2];
-  uint32_t weights[Tile::kKeys / 16][4];
+  // Of a step, and of the one before, whose product with the values comes after it.
+  uint32_t even_weights[Tile::kKeys / 16][4], odd_weights[Tile::kKeys / 16][4];
 
   const auto multiply_keys = [&] {
-    barrier_wait(&shared.key_full[keys.stage], keys.parity);
-    const uint32_t key = shared_address(shared.key[keys.stage]);
+    const uint64_t key = descriptor<Swizzle::k128>(shared_address(shared.key[keys.stage]));
     hold(scores);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Tile::kWidth / 16; ++k) {
-      const uint32_t within = k % 4 * 32;
-      wgmma<false, false>(scores, descriptor<Swizzle::k128>(query + k / 4 * 64 * 128 + within),
-                          descriptor<Swizzle::k128>(key + k / 4 * Tile::kKeys * 128 + within),
-                          k > 0);
+      wgmma<false, false>(scores, advance(query, k / 4 * 64 * 128 + k % 4 * 32),
+                          advance(key, k / 4 * Tile::kKeys * 128 + k % 4 * 32), k > 0);
     }
     wgmma_commit();
   };
@@ -236,16 +302,15 @@ __device__ void multiply_forward(const ForwardArguments& arguments, typename Til
     if (lane == 0) barrier_arrive(&shared.key_empty[keys.stage]);
     keys.advance();
   };
-  const auto multiply_values = [&](bool accumulate) {
+  const auto multiply_values = [&](const uint32_t (&weights)[Tile::kKeys / 16][4]) {
     barrier_wait(&shared.value_full[values.stage], values.parity);
-    const uint32_t value = shared_address(shared.value[values.stage]);
+    const uint64_t value =
+        descriptor<Swizzle::k128>(shared_address(shared.value[values.stage]), Tile::kKeys * 128);
     hold(out);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Tile::kKeys / 16; ++k) {
-      wgmma<true>(out, weights[k],
-                  descriptor<Swizzle::k128>(value + k * 16 * 128, Tile::kKeys * 128),
-                  accumulate || k > 0);
+      wgmma<true>(out, weights[k], advance(value, k * 16 * 128), true);
     }
     wgmma_commit();
   };
@@ -253,125 +318,135 @@ __device__ void multiply_forward(const ForwardArguments& arguments, typename Til
     if (lane == 0) barrier_arrive(&shared.value_empty[values.stage]);
     values.advance();
   };
-  const auto pack_weights = [&] {
+  const auto pack_weights = [&](uint32_t (&weights)[Tile::kKeys / 16][4]) {
 #pragma unroll
     for (int i = 0; i < Tile::kKeys / 2; i += 2) {
       weights[i / 8][i / 2 % 4] = pack_bf16(scores[i], scores[i + 1]);
     }
   };
 
-  for (;; slots.advance()) {
+  const auto take_tile = [&] {
     barrier_wait(&shared.tile_full[slots.stage], slots.parity);
     const int tile = shared.tile[slots.stage];
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.tile_empty[slots.stage]);
-    if (tile >= tiles) return;
+    slots.advance();
+    return __shfl_sync(0xffffffff, tile, 0);
+  };
+  const auto release_query = [&] {
+    if (lane == 0) barrier_arrive(&shared.query_empty[half]);
+  };
+  // The first product of a tile; of no use after the last tile, but a branch around products would
+  // make each wait for the one before.
+  const auto begin_tile = [&](bool exists) {
+    if (exists) {
+      barrier_wait(&shared.query_full[half], query_parity);
+      query_parity ^= 1;
+      barrier_wait(&shared.key_full[keys.stage], keys.parity);
+    }
+    multiply_keys();
+  };
 
+  int tile = take_tile();
+  begin_tile(true);
+  wgmma_wait<0>();
+  hold(scores);
+#pragma unroll 1
+  do {
     const auto work = ForwardWork::of<Tile>(arguments, tile);
     const AttentionMask mask(arguments.sequence, arguments.batch, work.sample, arguments.causal,
                              arguments.documents);
-    const Run blocks = mask.key_tiles<Tile::kQueries, Tile::kKeys>(work.first_query);
+    const Run blocks = key_tiles_of<Tile>(mask, work.first_query);
     const int first_row = work.first_query + 64 * half;
     const int row = first_row + thread / kWarp * 16 + lane / 4;
-    SoftmaxRows rows{.visible = {mask.keys_of(row), mask.keys_of(row + 8)}};
+    SoftmaxRows rows;
     const int all_see_from = mask.keys_of(min(first_row + 63, arguments.sequence - 1)).begin;
     const int all_see_to = mask.keys_of(first_row).end;
     const auto softmax = [&](int block, float (&decay)[2]) {
       const int key = block * Tile::kKeys;
-      if (key < all_see_from || key + Tile::kKeys > all_see_to) rows.hide(scores, key);
+      if (key < all_see_from || key + Tile::kKeys > all_see_to) {
+        hide(scores, key, mask.keys_of(row), mask.keys_of(row + 8));
+      }
       rows.update(scores, scale_log2, decay);
     };
 
-    barrier_wait(&shared.query_full[half], query_parity);
-    query_parity ^= 1;
-    if (blocks.begin < blocks.end) {
-      float decay[2];
+    int block = __shfl_sync(0xffffffff, blocks.end - 1, 0);
+    const int last = __shfl_sync(0xffffffff, blocks.begin, 0);
+    float decay[2];
+    release_keys();
+    if (block == last) release_query();
+    softmax(block, decay);
+    pack_weights(even_weights);
+#pragma unroll
+    for (float& x : out) x = 0.0f;
+
+    // The products of a step: keys of this block, values of the one before it.
+    bool values_taken = false;
+    const auto step = [&](const auto& weights, auto& next_weights) {
+      barrier_wait(&shared.key_full[keys.stage], keys.parity);
       multiply_keys();
-      wgmma_wait<0>();
+      wgmma_wait<1>();
+      hold(out);
+      if (values_taken) release_values();
+      values_taken = true;
+#pragma unroll
+      for (int i = 0; i < Tile::kValueWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
+      multiply_values(weights);
+      wgmma_wait<1>();
       hold(scores);
       release_keys();
-      softmax(blocks.end - 1, decay);
-      pack_weights();
-#pragma unroll
-      for (int i = 0; i < Tile::kValueWidth / 2; ++i) out[i] = 0.0f;
-#pragma unroll 1
-      for (int block = blocks.end - 2; block >= blocks.begin; --block) {
-        multiply_keys();
-        multiply_values(true);
-        wgmma_wait<1>();
-        hold(scores);
-        release_keys();
-        softmax(block, decay);
-        wgmma_wait<0>();
-        hold(out);
-        release_values();
-#pragma unroll
-        for (int i = 0; i < Tile::kValueWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
-        pack_weights();
-      }
-      multiply_values(true);
+      if (block == last) release_query();
+      softmax(block, decay);
+      pack_weights(next_weights);
+    };
+    const auto last_values = [&](const auto& weights) {
       wgmma_wait<0>();
       hold(out);
-      release_values();
-    } else {
+      if (values_taken) release_values();
 #pragma unroll
-      for (int i = 0; i < Tile::kValueWidth / 2; ++i) out[i] = 0.0f;
+      for (int i = 0; i < Tile::kValueWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
+      multiply_values(weights);
+    };
+#pragma unroll 1
+    while (true) {
+      if (--block < last) {
+        last_values(even_weights);
+        break;
+      }
+      step(even_weights, odd_weights);
+      if (--block < last) {
+        last_values(odd_weights);
+        break;
+      }
+      step(odd_weights, even_weights);
     }
 
-    float inverse[2];
-    float highest = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      rows.sum[i] += __shfl_xor_sync(0xffffffff, rows.sum[i], 1);
-      rows.sum[i] += __shfl_xor_sync(0xffffffff, rows.sum[i], 2);
-      inverse[i] = rows.sum[i] == 0.0f ? 0.0f : 1.0f / rows.sum[i];
-      if (row + 8 * i < arguments.sequence) {
-        const float largest = rows.maximum[i] * arguments.softmax_scale;
-        highest = fmaxf(highest, largest);
-        if (lane % 4 == 0) {
-          const int64_t head = int64_t(work.sample) * arguments.heads + work.head;
-          arguments.logsumexp[head * arguments.sequence + row + 8 * i] =
-              rows.sum[i] == 0.0f ? -INFINITY : largest + __logf(rows.sum[i]);
-        }
-      }
-    }
-    if (arguments.max_logits != nullptr) {
-#pragma unroll
-      for (int lanes = 4; lanes < kWarp; lanes *= 2) {
-        highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, lanes));
-      }
-      if (lane == 0) atomic_maximum(arguments.max_logits + work.head, highest);
-    }
-
-    named_sync(1 + half, kWarpgroup);  // every warp has read its queries
-    stage_rows(query, out, inverse[0], inverse[1]);
-    fence_shared_for_async();
-    named_sync(1 + half, kWarpgroup);
-    if (thread == 0) {
-#pragma unroll
-      for (int chunk = 0; chunk < Tile::kValueWidth / kChunk; ++chunk) {
-        store_box(&arguments.out, shared.query[half] + chunk * 64 * 128, chunk * kChunk, first_row,
-                  work.head, work.sample);
-      }
-      bulk_commit();
-      bulk_wait_read();
-      barrier_arrive(&shared.query_empty[half]);
-    }
-    __syncwarp();
-  }
+    tile = take_tile();
+    begin_tile(tile < tiles);
+    wgmma_wait<1>();
+    hold(out);
+    release_values();
+    finish_rows(arguments, work, row, rows, out);
+    store_rows<Tile>(arguments, work, first_row, out, shared.out[half]);
+    wgmma_wait<0>();
+    hold(scores);
+  } while (tile < tiles);
+  if (thread == 0) bulk_wait_read();
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(kForwardThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
   extern __shared__ uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Tile::Shared*>(
       (reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = 2 * kWarpgroup / kWarp;
-    for (int i = 0; i < 2; ++i) {
+    constexpr int kConsumerWarps = Tile::kWarpgroups * kWarpgroup / kWarp;
+    for (int i = 0; i < Tile::kWarpgroups; ++i) {
       barrier_init(&shared.query_full[i], 1);
-      barrier_init(&shared.query_empty[i], 1);
+      barrier_init(&shared.query_empty[i], kWarpgroup / kWarp);
+    }
+    for (int i = 0; i < 2; ++i) {
       barrier_init(&shared.tile_full[i], 1);
       barrier_init(&shared.tile_empty[i], kConsumerWarps);
     }

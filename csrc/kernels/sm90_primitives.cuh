@@ -172,4 +172,12 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
+// The same, loaded.
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&parts)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
+               : "r"(address)
+               : "memory");
+}
+
 }  // namespace megatron_kanana::sm90

@@ -25,6 +25,11 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t chunk_
          static_cast<uint64_t>(kSwizzle) << 62;
 }
 
+// The operand `bytes` further on, of which the compiler makes one addition.
+__device__ __forceinline__ uint64_t advance(uint64_t operand, uint32_t bytes) {
+  return operand + (bytes >> 4);
+}
+
 // Registers written before it may be read by products issued after it.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

@@ -1,9 +1,10 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "sm90_tensor_map.h"
+#include "sm90_attention_launch.h"
 
 namespace megatron_kanana::sm90 {
 namespace {
@@ -50,6 +51,20 @@ CUtensorMap attention_tensor_map(const AttentionTensor& tensor, int sequence, in
                              "): strides must be multiples of 8 elements, data of 16 bytes");
   }
   return map;
+}
+
+int multiprocessor_count() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+HeadGroups head_groups(int rows, int heads, int multiprocessors) {
+  const int group = (multiprocessors + rows - 1) / rows;
+  const int tail = 2 * group;
+  const int last_group = std::max(0, heads - tail) / group * group;
+  return {.rows = rows, .heads = heads, .heads_of_a_group = group, .last_group = last_group};
 }
 
 void check_cuda(const char* what) {
