@@ -23,7 +23,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 endif
 
-NATIVE := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h)
+NATIVE := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: train test lint format clean
 
@@ -42,12 +42,12 @@ lint: $(READY)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter csrc/%,$(NATIVE))
 
 format: $(READY)
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	$(VENV)/bin/clang-format -i $(filter csrc/%,$(NATIVE))
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.11")'

@@ -53,7 +53,8 @@ struct AttentionMask {
  private:
   __device__ Run document_of(int position) const {
     if (begins == nullptr) return {0, sequence};
-    return {__ldg(begins + position), __ldg(ends + position)};
+    // Whatever the caller gives, no tile is outside the sequence.
+    return {max(__ldg(begins + position), 0), min(__ldg(ends + position), sequence)};
   }
 
   template <int kColumns>

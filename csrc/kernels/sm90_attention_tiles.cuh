@@ -1,6 +1,7 @@
 // What the forward and the backward of attention share: tiles in shared memory, rings of stages.
 #pragma once
 
+#include "sm90_attention_mask.cuh"
 #include "sm90_wgmma.cuh"
 
 namespace megatron_kanana::sm90 {
@@ -47,6 +48,19 @@ struct HeadGroups {
     return {within / group, first + within % group};
   }
 };
+
+// Scores of two rows of a thread, from column `first` on, outside what the rows see become minus
+// infinity.
+template <int kCount>
+__device__ __forceinline__ void hide(float (&scores)[kCount], int first, Run upper, Run lower) {
+  const int column = first + 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int position = column + i / 4 * 8 + i % 2;
+    const Run& run = i / 2 % 2 == 0 ? upper : lower;
+    if (position < run.begin || position >= run.end) scores[i] = -INFINITY;
+  }
+}
 
 // Where a lane's row of part `i` lies, 16 columns of 64 rows of a warpgroup, in swizzled chunks of
 // 64 columns: as store_matrices and load_matrices ask for.

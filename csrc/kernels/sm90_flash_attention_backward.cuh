@@ -231,7 +231,6 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
   const int row = first_row + thread / kWarp * 16 + lane / 4;
   const AttentionMask mask(arguments.sequence, arguments.batch, work.sample, arguments.causal,
                            arguments.documents);
-  const Run visible[2] = {mask.queries_of(row), mask.queries_of(row + 8)};
   const int all_seen_from = mask.queries_of(min(first_row + 63, arguments.sequence - 1)).begin;
   // A tile with rows past the end is masked whole.
   const int all_seen_to = first_row + 64 > arguments.sequence ? 0 : mask.queries_of(first_row).end;
@@ -309,13 +308,7 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
     const float* out_dot_grad = shared.out_dot_grad[ring.stage] + 2 * (lane % 4);
 
     if (first_query < all_seen_from || first_query + kQueries > all_seen_to) {
-      const int column = first_query + 2 * (lane % 4);
-#pragma unroll
-      for (int i = 0; i < kQueries / 2; ++i) {
-        const int query = column + i / 4 * 8 + i % 2;
-        const Run& run = visible[i / 2 % 2];
-        if (query < run.begin || query >= run.end) scores[i] = -INFINITY;
-      }
+      hide(scores, first_query, mask.queries_of(row), mask.queries_of(row + 8));
     }
     uint32_t weights[kQueries / 4];  // fp16
 #pragma unroll

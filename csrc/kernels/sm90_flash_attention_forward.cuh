@@ -142,18 +142,6 @@ __device__ void load_forward(const ForwardArguments& arguments, typename Tile::S
   }
 }
 
-// Scores of two rows of a thread, from `first_key` on, that the rows do not see become infinite.
-template <int kCount>
-__device__ __forceinline__ void hide(float (&scores)[kCount], int first_key, Run upper, Run lower) {
-  const int column = first_key + 2 * (threadIdx.x % 4);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int key = column + i / 4 * 8 + i % 2;
-    const Run& run = i / 2 % 2 == 0 ? upper : lower;
-    if (key < run.begin || key >= run.end) scores[i] = -INFINITY;
-  }
-}
-
 // Two rows of a thread: their running maximum of unscaled logits, their sums.
 struct SoftmaxRows {
   float maximum[2] = {-INFINITY, -INFINITY};
