@@ -46,11 +46,16 @@ CUtensorMap attention_tensor_map(const AttentionTensor& tensor, int sequence, in
                            columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("the copy engine refuses a tensor of attention (CUDA error " +
-                             std::to_string(result) +
-                             "): strides must be multiples of 8 elements, data of 16 bytes");
+    throw std::runtime_error("the copy engine refuses a tensor of attention: CUDA driver error " +
+                             std::to_string(result));
   }
   return map;
+}
+
+void enter_device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  cudaSetDevice(device);
 }
 
 int multiprocessor_count() {

@@ -14,6 +14,10 @@ namespace megatron_kanana::sm90 {
 CUtensorMap attention_tensor_map(const AttentionTensor& tensor, int sequence, int batch, int heads,
                                  int width, int rows, int columns);
 
+// Makes the current device's context that of this thread, which describing tensors needs and which
+// nothing may have done yet where autograd runs the backward in a thread of its own.
+void enter_device();
+
 int multiprocessor_count();
 
 // Groups of about one tile a multiprocessor, so that what their heads read stays in the level-2

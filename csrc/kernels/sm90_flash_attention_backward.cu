@@ -104,6 +104,7 @@ void flash_attention_backward(const AttentionProblem& problem, const AttentionTe
                               const float* logsumexp, const AttentionTensor& grad_query,
                               const AttentionTensor& grad_key, const AttentionTensor& grad_value,
                               bool deterministic, void* workspace, void* stream) {
+  enter_device();
   const auto run = [&](auto launch_widths) {
     launch_widths(problem, grad_out, query, key, value, out, logsumexp, grad_query, grad_key,
                   grad_value, deterministic, static_cast<float*>(workspace),

@@ -54,6 +54,7 @@ void flash_attention_forward(const AttentionProblem& problem, const AttentionTen
                              const AttentionTensor& key, const AttentionTensor& value,
                              const AttentionTensor& out, float* logsumexp, float* max_logits,
                              void* workspace, void* stream) {
+  enter_device();
   const auto run = [&](auto launch_widths) {
     launch_widths(problem, query, key, value, out, logsumexp, max_logits,
                   static_cast<int32_t*>(workspace), static_cast<cudaStream_t>(stream));
