@@ -18,14 +18,14 @@ __device__ __forceinline__ const __nv_bfloat16* attention_row(const AttentionTen
          sample * tensor.batch_stride + head * tensor.head_stride;
 }
 
-// Before: out_dot_grad = sum(out * grad_out) of each query, and logsumexp in powers of two less
-// `exponent`. Both are [batch, heads, padded sequence]; where a query sees nothing, and past the
-// end, the second is infinite, so that its weights become zero.
+// Before: out_dot_grad = sum(out * grad_out) of each query, and logsumexp in powers of two. Both
+// are [batch, heads, padded sequence]; where a query sees nothing, and past the end, the second is
+// infinite, so that its weights become zero.
 template <int kValueWidth>
 __global__ void __launch_bounds__(kEdgeThreads)
     backward_prepare_kernel(AttentionTensor out, AttentionTensor grad_out, const float* logsumexp,
                             float* out_dot_grad, float* logsumexp_log2, int sequence, int padded,
-                            int heads, int64_t rows, float exponent) {
+                            int heads, int64_t rows) {
   constexpr int kLanes = kValueWidth / 8;  // of 16 bytes
   const int64_t row = (int64_t(blockIdx.x) * kEdgeThreads + threadIdx.x) / kLanes;
   if (row >= rows) return;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kEdgeThreads)
     const float value =
         position < sequence ? logsumexp[sample_head * sequence + position] : -INFINITY;
     out_dot_grad[row] = sum;
-    logsumexp_log2[row] = value == -INFINITY ? INFINITY : value * 1.44269504f - exponent;
+    logsumexp_log2[row] = value == -INFINITY ? INFINITY : value * 1.44269504f;
   }
 }
 

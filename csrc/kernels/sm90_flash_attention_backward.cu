@@ -81,14 +81,14 @@ void launch(const AttentionProblem& p, const AttentionTensor& grad_out,
   backward_prepare_kernel<kValueWidth>
       <<<static_cast<int>((rows + kRowsOfABlock - 1) / kRowsOfABlock), kEdgeThreads, 0, stream>>>(
           out, grad_out, logsumexp, out_dot_grad, logsumexp_log2, p.sequence, tiles * kQueries,
-          p.heads, rows, kWeightExponent);
+          p.heads, rows);
   check_cuda("flash_attention_backward, prepare");
   const auto kernel = backward_kernel<Tile>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   kernel<<<static_cast<int>(blocks), kBackwardThreads, Tile::kSharedBytes, stream>>>(arguments);
   check_cuda("flash_attention_backward");
   backward_finish_kernel<kWidth><<<static_cast<int>(rows / kQueries), kEdgeThreads, 0, stream>>>(
-      workspace, grad_query, p.sequence, p.heads, p.softmax_scale * kWeightUnit);
+      workspace, grad_query, p.sequence, p.heads, p.softmax_scale);
   check_cuda("flash_attention_backward, finish");
 }
 

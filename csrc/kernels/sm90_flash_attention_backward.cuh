@@ -11,209 +11,14 @@
 // half of dQ's columns, which a further warp adds to fp32 sums in global memory (TMA). The product
 // for dK of one step is cut in three parts, which run beside the three spells of other work.
 //
-// P is kept times 2^15 in fp16 between its two uses: five times more exact than bf16, in half the
-// registers of fp32. The factor keeps small weights from losing bits and is divided out at the end.
-//
 // Keys lie in chunks of 32 columns, so that half of 192 columns is a whole number of chunks.
 #pragma once
 
 #include <type_traits>
 
-#include "sm90_attention_mask.cuh"
-#include "sm90_attention_tiles.cuh"
+#include "sm90_flash_attention_backward_copies.cuh"
 
 namespace megatron_kanana::sm90 {
-
-constexpr int kBackwardThreads = 3 * kWarpgroup;
-constexpr float kWeightExponent = 15.0f;        // weights are held times 2 to this power
-constexpr float kWeightUnit = 1.0f / 32768.0f;  // and their products multiplied by this
-
-struct BackwardArguments {
-  CUtensorMap query, key, value, grad_out, grad_key, grad_value;
-  // [batch, heads, padded sequence]: logsumexp in powers of two less kWeightExponent, or infinity
-  // where a query sees nothing; sum of grad_out times out.
-  const float* logsumexp_log2;
-  const float* out_dot_grad;
-  float* grad_query;  // fp32 [batch, heads, tiles, 2, 16-row fragments], see `grad_query_part`
-  // Where sums have a fixed order, else null; zeroed. One more than the row of keys that was added
-  // last to a part of grad_query, [batch, heads, tiles, 2]; the number of blocks begun.
-  int32_t* finished;
-  int32_t* next_block;
-  const int32_t* documents;
-  int sequence, batch, heads;
-  int queries_of_a_key;
-  HeadGroups order;
-  float softmax_scale;
-  bool causal;
-};
-
-template <int kWidth_, int kValueWidth_>
-struct BackwardTile {
-  static constexpr int kWidth = kWidth_;
-  static constexpr int kValueWidth = kValueWidth_;
-  static constexpr int kQueries = 64;
-  static constexpr int kKeys = 128;
-  static constexpr int kStages = 2;
-  static constexpr int kQueryBytes = kQueries * kWidth * 2;
-  static constexpr int kGradOutBytes = kQueries * kValueWidth * 2;
-  static constexpr int kKeyBytes = kKeys * kWidth * 2;
-  static constexpr int kValueBytes = kKeys * kValueWidth * 2;
-  static constexpr int kPartFloats = kQueries * kWidth / 2;  // of dQ, by one warpgroup
-
-  struct Shared {
-    uint8_t key[kKeyBytes];      // [chunk of 32][row]; at the end dK, a warpgroup after the other
-    uint8_t value[kValueBytes];  // [chunk of 64][row]; at the end dV
-    uint8_t query[kStages][kQueryBytes];
-    uint8_t grad_out[kStages][kGradOutBytes];
-    uint8_t grad_scores[kKeys * kQueries * 2];  // dS^T
-    float grad_query[2][kPartFloats];
-    float logsumexp_log2[kStages][kQueries];
-    float out_dot_grad[kStages][kQueries];
-    uint64_t key_full, value_full;
-    uint64_t query_full[kStages], query_empty[kStages];
-    uint64_t grad_out_full[kStages], grad_out_empty[kStages];
-    int block;
-  };
-  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
-  static_assert(kSharedBytes <= 227 * 1024);
-};
-
-// Named barriers; 0 is that of the whole block.
-enum BackwardBarrier {
-  kGradScoresWritten = 1,  // by both warpgroups
-  kGradScoresFree = 2,     // + the writer: the other warpgroup has used its rows
-  kGradQueryFull = 4,      // + warpgroup
-  kGradQueryEmpty = 6,     // + warpgroup
-  kAllGradQuery = 8,       // both warpgroups have used the keys
-};
-
-// The keys and the query heads of one block.
-struct BackwardWork {
-  int first_key;
-  int key_head;
-  int sample;
-
-  template <class Tile>
-  __device__ static BackwardWork of(const BackwardArguments& arguments, int block) {
-    const int key_heads = arguments.heads / arguments.queries_of_a_key;
-    const auto place = arguments.order.of(block);
-    // Where the order of sums is fixed, blocks wait for those with later keys; else the first
-    // keys, which most queries see, come first.
-    const int row =
-        arguments.next_block != nullptr ? arguments.order.rows - 1 - place.row : place.row;
-    return {row * Tile::kKeys, place.head % key_heads, place.head / key_heads};
-  }
-};
-
-template <class Tile>
-__device__ __forceinline__ int64_t query_tile_index(const BackwardArguments& arguments, int sample,
-                                                    int head, int tile) {
-  const int tiles = (arguments.sequence + Tile::kQueries - 1) / Tile::kQueries;
-  return (int64_t(sample) * arguments.heads + head) * tiles + tile;
-}
-
-// Tiles of queries that see keys of a block: at least one, if only to see nothing.
-template <class Tile>
-__device__ Run query_tiles_of(const AttentionMask& mask, int first_key) {
-  Run tiles = mask.query_tiles<Tile::kKeys, Tile::kQueries>(first_key);
-  tiles.end = max(tiles.begin + 1, tiles.end);
-  return tiles;
-}
-
-template <class Tile>
-__device__ void load_backward(const BackwardArguments& arguments, const BackwardWork& work,
-                              Run tiles, typename Tile::Shared& shared) {
-  barrier_expect(&shared.key_full, Tile::kKeyBytes);
-#pragma unroll
-  for (int chunk = 0; chunk < Tile::kWidth / 32; ++chunk) {
-    load_box(shared.key + chunk * Tile::kKeys * 64, &arguments.key, &shared.key_full, chunk * 32,
-             work.first_key, work.key_head, work.sample);
-  }
-  Ring<Tile::kStages> ring;
-  bool first = true;
-  for (int i = 0; i < arguments.queries_of_a_key; ++i) {
-    const int head = work.key_head * arguments.queries_of_a_key + i;
-    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-      const int row = tile * Tile::kQueries;
-      const int64_t statistics =
-          query_tile_index<Tile>(arguments, work.sample, head, tile) * Tile::kQueries;
-      constexpr int kStatisticsBytes = Tile::kQueries * sizeof(float);
-      barrier_wait(&shared.query_empty[ring.stage], ring.parity ^ 1);
-      uint64_t* full = &shared.query_full[ring.stage];
-      barrier_expect(full, Tile::kQueryBytes + kStatisticsBytes);
-#pragma unroll
-      for (int chunk = 0; chunk < Tile::kWidth / 64; ++chunk) {
-        load_box(shared.query[ring.stage] + chunk * Tile::kQueries * 128, &arguments.query, full,
-                 chunk * 64, row, head, work.sample);
-      }
-      load_bytes(shared.logsumexp_log2[ring.stage], arguments.logsumexp_log2 + statistics,
-                 kStatisticsBytes, full);
-      if (first) {
-        first = false;
-        barrier_expect(&shared.value_full, Tile::kValueBytes);
-#pragma unroll
-        for (int chunk = 0; chunk < Tile::kValueWidth / 64; ++chunk) {
-          load_box(shared.value + chunk * Tile::kKeys * 128, &arguments.value, &shared.value_full,
-                   chunk * 64, work.first_key, work.key_head, work.sample);
-        }
-      }
-      barrier_wait(&shared.grad_out_empty[ring.stage], ring.parity ^ 1);
-      full = &shared.grad_out_full[ring.stage];
-      barrier_expect(full, Tile::kGradOutBytes + kStatisticsBytes);
-#pragma unroll
-      for (int chunk = 0; chunk < Tile::kValueWidth / 64; ++chunk) {
-        load_box(shared.grad_out[ring.stage] + chunk * Tile::kQueries * 128, &arguments.grad_out,
-                 full, chunk * 64, row, head, work.sample);
-      }
-      load_bytes(shared.out_dot_grad[ring.stage], arguments.out_dot_grad + statistics,
-                 kStatisticsBytes, full);
-      ring.advance();
-    }
-  }
-}
-
-// A warp for each warpgroup: adds its parts of dQ to the sums in global memory. Where the order is
-// fixed, the block with the next later keys comes first.
-template <class Tile>
-__device__ void add_grad_query(const BackwardArguments& arguments, const BackwardWork& work,
-                               Run tiles, int half, typename Tile::Shared& shared) {
-  constexpr int kBytes = Tile::kPartFloats * sizeof(float);
-  const AttentionMask mask(arguments.sequence, arguments.batch, work.sample, arguments.causal,
-                           arguments.documents);
-  const int row = work.first_key / Tile::kKeys;
-  Run later{0, 0};
-  if (work.first_key + Tile::kKeys < arguments.sequence) {
-    later = query_tiles_of<Tile>(mask, work.first_key + Tile::kKeys);
-  }
-  for (int i = 0; i < arguments.queries_of_a_key; ++i) {
-    const int head = work.key_head * arguments.queries_of_a_key + i;
-    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-      const int64_t part = query_tile_index<Tile>(arguments, work.sample, head, tile) * 2 + half;
-      volatile int32_t* finished =
-          arguments.finished == nullptr ? nullptr : arguments.finished + part;
-      named_sync(kGradQueryFull + half, kWarpgroup + kWarp);
-      if (threadIdx.x % kWarp == 0) {
-        if (finished != nullptr && tile >= later.begin && tile < later.end) {
-          while (*finished != row + 2) __nanosleep(32);
-          __threadfence();
-        }
-        add_floats(arguments.grad_query + part * Tile::kPartFloats, shared.grad_query[half],
-                   kBytes);
-        bulk_commit();
-        if (finished != nullptr) {
-          bulk_wait();
-          __threadfence();
-          *finished = row + 1;
-        } else {
-          bulk_wait_read();
-        }
-      }
-      __syncwarp();
-      named_arrive(kGradQueryEmpty + half, kWarpgroup + kWarp);
-    }
-  }
-  if (threadIdx.x % kWarp == 0) bulk_wait();
-}
 
 template <class Tile>
 __device__ void multiply_backward(const BackwardArguments& arguments, const BackwardWork& work,
@@ -282,6 +87,8 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
   constexpr std::integral_constant<int, kFirstPart> kFirst;
   constexpr std::integral_constant<int, kSecondPart> kSecond;
   constexpr std::integral_constant<int, kParts> kEnd;
+  constexpr std::integral_constant<int, 0> kEarlier;  // halves of the queries
+  constexpr std::integral_constant<int, 1> kLater;
 
   hold(grad_key);
   hold(grad_value);
@@ -310,51 +117,54 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
     if (first_query < all_seen_from || first_query + kQueries > all_seen_to) {
       hide(scores, first_query, mask.queries_of(row), mask.queries_of(row + 8));
     }
-    uint32_t weights[kQueries / 4];  // fp16
 #pragma unroll
-    for (int i = 0; i < kQueries / 2; i += 4) {
+    for (int i = 0; i < kQueries / 2; ++i) {
       const float2 at = *reinterpret_cast<const float2*>(logsumexp_log2 + i / 4 * 8);
-      weights[i / 2] = pack_fp16(exp2_approximate(fmaf(scores[i], scale_log2, -at.x)),
-                                 exp2_approximate(fmaf(scores[i + 1], scale_log2, -at.y)));
-      weights[i / 2 + 1] = pack_fp16(exp2_approximate(fmaf(scores[i + 2], scale_log2, -at.x)),
-                                     exp2_approximate(fmaf(scores[i + 3], scale_log2, -at.y)));
+      scores[i] = exp2_approximate(fmaf(scores[i], scale_log2, i % 2 == 0 ? -at.x : -at.y));
     }
 
     barrier_wait(&shared.grad_out_full[ring.stage], ring.parity);
     const uint32_t grad_out_address = shared_address(shared.grad_out[ring.stage]);
     const uint64_t grad_out = descriptor<Swizzle::k128>(grad_out_address);
     const uint64_t grad_out_rows = descriptor<Swizzle::k128>(grad_out_address, kQueries * 128);
-    float grad_weights[kQueries / 2];
-    hold(grad_weights);
-    wgmma_fence();
+    uint32_t rounded[kQueries / 16][4];          // dS^T, bf16
+    uint32_t rounded_weights[kQueries / 16][4];  // P^T, bf16
+    // For half of the queries: all would need more registers than there are.
+    float grad_weights[kQueries / 4];
+    const auto multiply_weights = [&](auto part) {
+      hold(grad_weights);
+      wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kValueWidth / 16; ++k) {
-      wgmma<false, false>(grad_weights, advance(value, k / 4 * kKeys * 128 + k % 4 * 32),
-                          advance(grad_out, k / 4 * kQueries * 128 + k % 4 * 32), k > 0);
-    }
-    wgmma_commit();
+      for (int k = 0; k < kValueWidth / 16; ++k) {
+        wgmma<false, false>(
+            grad_weights, advance(value, k / 4 * kKeys * 128 + k % 4 * 32),
+            advance(grad_out, part * 32 * 128 + k / 4 * kQueries * 128 + k % 4 * 32), k > 0);
+      }
+      wgmma_commit();
+    };
+    const auto round_part = [&](auto part) {
+#pragma unroll
+      for (int i = 0; i < kQueries / 4; i += 2) {
+        const int at = part * kQueries / 4 + i;
+        const float2 dot = *reinterpret_cast<const float2*>(out_dot_grad + at / 4 * 8);
+        rounded[at / 8][at / 2 % 4] = pack_bf16(scores[at] * (grad_weights[i] - dot.x),
+                                                scores[at + 1] * (grad_weights[i + 1] - dot.y));
+        rounded_weights[at / 8][at / 2 % 4] = pack_bf16(scores[at], scores[at + 1]);
+      }
+    };
+    multiply_weights(kEarlier);
     multiply_grad_key(last_stage, kSecond, kEnd);
     wgmma_wait<1>();
     hold(grad_weights);
-
-    uint32_t rounded[kQueries / 16][4];          // dS^T, bf16
-    uint32_t rounded_weights[kQueries / 16][4];  // P^T, bf16
-#pragma unroll
-    for (int i = 0; i < kQueries / 2; i += 4) {
-      const float2 at = *reinterpret_cast<const float2*>(out_dot_grad + i / 4 * 8);
-      const float2 upper = unpack_fp16(weights[i / 2]);
-      const float2 lower = unpack_fp16(weights[i / 2 + 1]);
-      rounded[i / 8][i / 2 % 4] =
-          pack_bf16(upper.x * (grad_weights[i] - at.x), upper.y * (grad_weights[i + 1] - at.y));
-      rounded[i / 8][i / 2 % 4 + 1] =
-          pack_bf16(lower.x * (grad_weights[i + 2] - at.x), lower.y * (grad_weights[i + 3] - at.y));
-      rounded_weights[i / 8][i / 2 % 4] = pack_bf16(upper.x, upper.y);
-      rounded_weights[i / 8][i / 2 % 4 + 1] = pack_bf16(lower.x, lower.y);
-    }
+    round_part(kEarlier);
+    multiply_weights(kLater);
     wgmma_wait<0>();  // dK of the step before: its dS and queries are free
     hold(grad_key);
+    hold(grad_weights);
+    round_part(kLater);
     if (step > 0) {
-      if (lane == 0) barrier_arrive(&shared.query_empty[last_stage]);
+      // Every thread, since each has read numbers that came with the queries.
+      barrier_arrive(&shared.query_empty[last_stage]);
       named_sync(kGradScoresFree + half, 2 * kWarpgroup);
     }
 
@@ -411,11 +221,11 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
   named_sync(kGradQueryEmpty + half, kWarpgroup + kWarp);
 
   named_sync(kAllGradQuery, 2 * kWarpgroup);  // the keys' place is free
-  const float unscale = arguments.softmax_scale * kWeightUnit;
   uint8_t* staged_key = shared.key + half * 64 * kWidth * 2;
   uint8_t* staged_value = shared.value + half * 64 * kValueWidth * 2;
-  stage_rows(shared_address(staged_key), grad_key, unscale, unscale);
-  stage_rows(shared_address(staged_value), grad_value, kWeightUnit, kWeightUnit);
+  stage_rows(shared_address(staged_key), grad_key, arguments.softmax_scale,
+             arguments.softmax_scale);
+  stage_rows(shared_address(staged_value), grad_value, 1.0f, 1.0f);
   fence_shared_for_async();
   named_sync(kGradScoresFree + half, kWarpgroup);
   if (thread == 0) {
@@ -446,7 +256,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     barrier_init(&shared.value_full, 1);
     for (int i = 0; i < Tile::kStages; ++i) {
       barrier_init(&shared.query_full[i], 1);
-      barrier_init(&shared.query_empty[i], kConsumerWarps);
+      barrier_init(&shared.query_empty[i], 2 * kWarpgroup);
       barrier_init(&shared.grad_out_full[i], 1);
       barrier_init(&shared.grad_out_empty[i], kConsumerWarps);
     }

@@ -11,6 +11,7 @@
 
 #include "sm90_attention_mask.cuh"
 #include "sm90_attention_tiles.cuh"
+#include "sm90_online_softmax.cuh"
 
 namespace megatron_kanana::sm90 {
 
@@ -142,58 +143,6 @@ __device__ void load_forward(const ForwardArguments& arguments, typename Tile::S
   }
 }
 
-// Two rows of a thread: their running maximum of unscaled logits, their sums.
-struct SoftmaxRows {
-  float maximum[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};
-
-  // scores to exp(scale * (scores - maximum)), sums brought up to date; `decay` is what earlier
-  // sums and outputs shrink by.
-  template <int kCount>
-  __device__ __forceinline__ void update(float (&scores)[kCount], float scale_log2,
-                                         float (&decay)[2]) {
-    // Four chains a row: one would wait for each comparison.
-    float chains[2][4];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      float& chain = chains[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
-      chain = i < 8 ? scores[i] : fmaxf(chain, scores[i]);
-    }
-    float highest[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      highest[row] =
-          fmaxf(fmaxf(fmaxf(chains[row][0], chains[row][1]), fmaxf(chains[row][2], chains[row][3])),
-                maximum[row]);
-    }
-    float shift[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      highest[row] = fmaxf(highest[row], __shfl_xor_sync(0xffffffff, highest[row], 1));
-      highest[row] = fmaxf(highest[row], __shfl_xor_sync(0xffffffff, highest[row], 2));
-      // Where nothing is visible yet, minus infinity less minus infinity would be no number.
-      shift[row] = highest[row] == -INFINITY ? 0.0f : highest[row] * scale_log2;
-      decay[row] = exp2_approximate(maximum[row] * scale_log2 - shift[row]);
-      maximum[row] = highest[row];
-      sum[row] *= decay[row];
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      scores[i] = exp2_approximate(fmaf(scores[i], scale_log2, -shift[i / 2 % 2]));
-      sum[i / 2 % 2] += scores[i];
-    }
-  }
-};
-
-__device__ __forceinline__ void atomic_maximum(float* address, float value) {
-  value += 0.0f;  // minus zero has the bits of the smallest integer
-  if (value >= 0.0f) {
-    atomicMax(reinterpret_cast<int*>(address), __float_as_int(value));
-  } else {
-    atomicMin(reinterpret_cast<unsigned*>(address), __float_as_uint(value));
-  }
-}
-
 // The rows of a thread are complete: their outputs are normalised, their logsumexp written, and the
 // head's largest logit raised.
 template <int kCount>
@@ -316,8 +265,7 @@ __device__ void multiply_forward(const ForwardArguments& arguments, typename Til
   const auto take_tile = [&] {
     barrier_wait(&shared.tile_full[slots.stage], slots.parity);
     const int tile = shared.tile[slots.stage];
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.tile_empty[slots.stage]);
+    barrier_arrive(&shared.tile_empty[slots.stage]);  // every thread, since each has read it
     slots.advance();
     return __shfl_sync(0xffffffff, tile, 0);
   };
@@ -436,7 +384,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(&shared.tile_full[i], 1);
-      barrier_init(&shared.tile_empty[i], kConsumerWarps);
+      barrier_init(&shared.tile_empty[i], Tile::kWarpgroups * kWarpgroup);
     }
     for (int i = 0; i < Tile::kStages; ++i) {
       barrier_init(&shared.key_full[i], 1);
