@@ -3,15 +3,17 @@
 python -m benchmarks.planner_calibration --name planner_calibration_h200
 
 Steps of MuonClip on random tokens are timed in each setting that this version trains in: bf16, with
-and without computing activations again. The card has step time and peak memory of torch, and as
-peer what `megatron_kanana.planning` predicts. On a CPU, for which nothing is predicted, there are
-times alone.
+each `--attention`, with and without computing activations again. The card has step time and peak
+memory of torch, and as peer what `megatron_kanana.planning` predicts for the same attention. On a
+CPU, for which nothing is predicted, there are times alone, with the attention of
+`kernels.backend=auto`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import multiprocessing
 import statistics
 import tempfile
@@ -31,6 +33,7 @@ from .card import RESULTS_DIR, Row, write_card
 from .optimizer_step import random_microbatches
 from .several_runs import OneProcess, settings_of
 
+ATTENTION = ("csrc", "sdpa")
 RECOMPUTE = ("none", "full")
 GIB = 2**30
 
@@ -47,6 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--microbatches", type=int, default=4, help="of a step")
     parser.add_argument("--steps", type=int, default=5, help="timed, after two that are not")
+    parser.add_argument(
+        "--attention", nargs="+", default=ATTENTION, choices=ATTENTION, help="csrc needs Hopper"
+    )
     parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"))
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the built-in tokenizer")
     parser.add_argument("--cache-dir", type=Path, help="where that tokenizer may be already")
@@ -55,23 +61,25 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         options.cache_dir = options.cache_dir or Path(folder)
-        for recompute in RECOMPUTE:
+        backends = options.attention if torch.cuda.is_available() else ("auto",)
+        for backend, recompute in itertools.product(backends, RECOMPUTE):
             if not torch.cuda.is_available():
-                rows += measure(recompute, options)
+                rows += measure(backend, recompute, options)
                 continue
             # In a process of its own, which leaves no memory behind.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                rows += pool.submit(measure, recompute, options).result()
+                rows += pool.submit(measure, backend, recompute, options).result()
     print(write_card(options.name, rows, options.results_dir).read_text())
 
 
-def measure(recompute: str, options: argparse.Namespace) -> list[Row]:
+def measure(backend: str, recompute: str, options: argparse.Namespace) -> list[Row]:
     """Rows of one setting."""
     settings = settings_of(
         [
             *(f"model={options.model}", f"model.num_layers={options.layers}"),
             f"model.vocab_size={options.vocabulary}",
             *(f"optimizer={options.optimizer}", f"parallel.recompute={recompute}"),
+            f"kernels.backend={backend}",
             *(f"data.cache_dir={options.cache_dir}", "precision=auto"),
             f"data.sequence_length={options.sequence_length}",
             f"schedule.micro_batch_size={options.sequences}",
@@ -100,7 +108,8 @@ def measure(recompute: str, options: argparse.Namespace) -> list[Row]:
     found = prediction(settings)
     time_predicted = None if found is None else found.step
     memory_predicted = None if found is None else found.peak_memory / GIB
-    setting = f"{run.device.dtype}, recompute {recompute}".removeprefix("torch.")
+    attention = "" if backend == "auto" else f"attention {backend}, "
+    setting = f"{run.device.dtype}, {attention}recompute {recompute}".removeprefix("torch.")
     rows = [_row(f"{setting}: step", "s", step, time_predicted, options.steps)]
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / GIB

@@ -16,6 +16,9 @@ width s, E experts, and two bytes an element:
 | router | fp32 logits and scores, top-k, permutation: 17E + 28K + 12 | the same |
 | loss, V words | softmax 4V, while logits 2V exist | logits 2V, overwritten by their gradient |
 
+Core attention keeps the same with SDPA and with `csrc`. While SDPA's finds the largest logits there
+are 1,024 rows of them, 6 bytes each; csrc's backward pass holds `attention_backward_bytes`.
+
 Tensor parallelism divides all of it, sequence parallelism what it does not split by heads.
 """
 
@@ -48,6 +51,18 @@ def attention_bytes(architecture: Architecture) -> dict[str, float]:
     result["query, key, value"] = 2.0 * (heads * query + keys * (query + value))
     result["attention output"] = 2.0 * heads * value + 4 * heads
     return result
+
+
+def attention_backward_bytes(architecture: Architecture) -> float:
+    """That csrc's backward pass of one layer holds of one token (docs/attention.md, Memory).
+
+    A query and head has fp32 sums of its gradient, two numbers and a bit; beside them are the
+    gradients of query, key, value and output in bf16.
+    """
+    heads, query, value = architecture.num_heads, architecture.query_key_dim, architecture.value_dim
+    keys = heads if architecture.kv_lora_rank is not None else architecture.num_key_value_heads
+    gradients = 2.0 * (heads * (query + value) + keys * (query + value))
+    return heads * (4 * (query + 2) + 1 / 8) + gradients
 
 
 def gated_bytes(width: int, implementation: Implementation) -> float:
@@ -133,7 +148,10 @@ def stage_bytes(
     if has_experts:
         passing *= architecture.num_experts_per_token * layout.expert_load
     transient = passing * tokens / layout.tensor
-    if implementation.max_logits:
+    if implementation.attention.counts_backward and stage.dense + stage.moe + stage.mtp > 0:
+        of_attention = attention_backward_bytes(architecture) * tokens / layout.tensor
+        transient = max(transient, of_attention)
+    if implementation.attention.second_product:
         heads = architecture.num_heads / layout.tensor
         rows = min(MAX_LOGIT_ROWS, layout.sequence_length)
         logits = layout.micro_batch_size * heads * rows * layout.sequence_length

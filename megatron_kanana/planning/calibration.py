@@ -25,8 +25,6 @@ class Efficiencies:
         matmul_fp8: in fp8, of the fp8 peak. peers: 1126 TFLOP/s of `torch._scaled_grouped_mm`.
         grouped_matmul: one launch for all experts, bf16. peers: 535 forward with uneven loads, 524
             and 492 backward; mean 517 TFLOP/s.
-        attention_forward, attention_backward: causal, bf16, of 2 and of 5 products. peers:
-            Transformer Engine's 573 and 401 TFLOP/s.
         memory: of memory bandwidth, kernels that only move data. peers: `moe_permute` 0.281 ms for
             16,384 tokens in and 98,304 out (2.9 TB/s, 0.60).
         optimizer_memory: the same for the many small kernels of an update. cards: AdamW's 0.061 s
@@ -43,14 +41,65 @@ class Efficiencies:
     matmul: float = 0.67
     matmul_fp8: float = 0.57
     grouped_matmul: float = 0.52
-    attention_forward: float = 0.58
-    attention_backward: float = 0.405
     memory: float = 0.60
     optimizer_memory: float = 0.56
     nvlink: float = 0.71
     network: float = 0.90
     dispatch_hidden: float = 0.37
     host_overlap: float = 4.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Who computes attention itself, and shares of the bf16 peak that it reaches.
+
+    Attributes:
+        name: for reports; a value of `kernels.backend` where it is one of this version's.
+        shares: tokens of a sequence, and the shares that causal attention reaches forward (of 2
+            products) and backward (of 5) from that length on. Shorter ones take the first.
+        second_product: whether a second product finds the largest logits. Where it does not they
+            are found inside the kernel, in the time of `shares`, or not at all.
+        counts_backward: whether what its backward pass holds for a while is known, and counted.
+    """
+
+    name: str
+    shares: tuple[tuple[int, float, float], ...]
+    second_product: bool
+    counts_backward: bool
+
+    def shares_at(self, sequence_length: int) -> tuple[float, float]:
+        """Forward and backward, those of the longest measured sequence that is not longer."""
+        reached = [each for each in self.shares if each[0] <= sequence_length]
+        _, forward, backward = reached[-1] if reached else self.shares[0]
+        return forward, backward
+
+
+# peers: Transformer Engine's 573 and 401 TFLOP/s.
+_FUSED = ((4096, 0.58, 0.405),)
+
+FUSED = Attention("fused", _FUSED, second_product=False, counts_backward=False)
+"""That of Transformer Engine, without the largest logits."""
+
+SDPA = Attention("sdpa", _FUSED, second_product=True, counts_backward=False)
+"""torch's, taken to be as fast."""
+
+# cards: attention_h100, widths 192 and 128, 32 heads. Forward with the largest logits 680 TFLOP/s
+# at 2 x 4,096 tokens and 740 at 8,192; backward 510 and 571, deterministic 425 and 475.
+CSRC = Attention(
+    "csrc",
+    ((4096, 0.687, 0.515), (8192, 0.748, 0.577)),
+    second_product=False,
+    counts_backward=True,
+)
+"""This version's kernels for Hopper."""
+
+CSRC_DETERMINISTIC = Attention(
+    "csrc, deterministic",
+    ((4096, 0.687, 0.430), (8192, 0.748, 0.480)),
+    second_product=False,
+    counts_backward=True,
+)
+"""The same with `kernels.deterministic`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +111,7 @@ class Implementation:
         fused: whether activation functions, rotary embedding, cross-entropy, permutation and the
             addition of weight gradients are single kernels.
         grouped_experts: whether the experts' products are one launch for all of them.
-        max_logits: whether a second product finds the largest attention logits.
+        attention: who computes attention itself.
         deduplicates: whether a token is sent once to a node however many of its experts lie there
             (DeepEP), or once for each expert (all-to-all).
         host_layer: seconds to launch a layer's attention and norms, forward and backward.
@@ -74,7 +123,7 @@ class Implementation:
     name: str
     fused: bool
     grouped_experts: bool
-    max_logits: bool
+    attention: Attention
     deduplicates: bool
     host_layer: float
     host_moe: float
@@ -86,7 +135,7 @@ TRANSFORMER_ENGINE = Implementation(
     name="transformer_engine",
     fused=True,
     grouped_experts=True,
-    max_logits=False,
+    attention=FUSED,
     deduplicates=False,
     # peers: a layer's 128 experts take 22 ms in bf16, and 61 in fp8, whatever the number of tokens
     # below 32K. What of that does not depend on the number of experts is our estimate.
@@ -102,7 +151,7 @@ DEEPEP = Implementation(
     name="transformer_engine_deepep",
     fused=True,
     grouped_experts=True,
-    max_logits=False,
+    attention=FUSED,
     deduplicates=True,
     host_moe=TRANSFORMER_ENGINE.host_moe,
     host_expert=TRANSFORMER_ENGINE.host_expert,
@@ -115,16 +164,18 @@ TORCH = Implementation(
     name="torch",
     fused=False,
     grouped_experts=False,
-    max_logits=True,
+    attention=SDPA,
     deduplicates=False,
     host_moe=TRANSFORMER_ENGINE.host_moe,
-    # cards: optimizer_step_h100, passes of 32 microbatches of 4 layers in 14.3 s (with Muon) and
-    # 16.3 s (with AdamW), of which all but 0.1 s a microbatch are experts launched in turn.
+    # cards: optimizer_step_h100, with SDPA's attention: passes of 32 microbatches of 4 layers in
+    # 14.3 s (with Muon) and 16.3 s (with AdamW), of which all but 0.1 s a microbatch are experts
+    # launched in turn.
     host_expert={"bf16": 1.0e-3, "fp8": 1.0e-3},
     host_layer=TRANSFORMER_ENGINE.host_layer,
     host_stage=TRANSFORMER_ENGINE.host_stage,
 )
-"""This version with `kernels.backend=sdpa`: plain torch, experts one after another."""
+"""This version with `kernels.backend=sdpa`: plain torch, experts one after another. For other
+settings and GPUs `attention.attention_of` says who computes attention."""
 
 IMPLEMENTATIONS = {each.name: each for each in (TORCH, TRANSFORMER_ENGINE, DEEPEP)}
 

@@ -187,15 +187,16 @@ def _products(job: Job, weights: list[Weight], *, forward: bool, in_bf16: bool =
 
 
 def _core_attention(job: Job, *, forward: bool) -> float:
-    layout, efficiencies = job.layout, job.efficiencies
+    layout, attention = job.layout, job.implementation.attention
+    forward_share, backward_share = attention.shares_at(layout.sequence_length)
     flops = attention_flops(job.architecture, layout.sequence_length)
     flops *= layout.micro_batch_size / layout.tensor
     if not forward:  # five products where the forward pass has two, with the widths they have
         query, value = job.architecture.query_key_dim, job.architecture.value_dim
         flops *= (3 * query + 2 * value) / (query + value)
-        return flops / (job.machine.bf16_flops * efficiencies.attention_backward)
-    seconds = flops / (job.machine.bf16_flops * efficiencies.attention_forward)
-    if job.implementation.max_logits:  # bf16 written and read, fp32 written, masked and read
+        return flops / (job.machine.bf16_flops * backward_share)
+    seconds = flops / (job.machine.bf16_flops * forward_share)
+    if attention.second_product:  # bf16 written and read, fp32 written, masked and read
         logits = layout.micro_batch_size * layout.sequence_length**2 / 2
         logits *= job.architecture.num_heads / layout.tensor
         seconds += _memory_seconds(job, 18.0 * logits)
@@ -203,7 +204,7 @@ def _core_attention(job: Job, *, forward: bool) -> float:
             2.0
             * job.architecture.query_key_dim
             * logits
-            / (job.machine.bf16_flops * efficiencies.matmul)
+            / (job.machine.bf16_flops * job.efficiencies.matmul)
         )
     return seconds
 

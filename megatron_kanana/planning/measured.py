@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_kanana.config.shipped import shipped_model
 
 from .architecture import Architecture
-from .calibration import DEEPEP, TORCH, TRANSFORMER_ENGINE, Implementation
+from .calibration import CSRC, DEEPEP, SDPA, TORCH, TRANSFORMER_ENGINE, Attention, Implementation
 from .layer_times import Job
 from .layout import Layout
 from .machines import MACHINES, Machine
@@ -114,15 +114,19 @@ def _ours(
     optimizer: str,
     *,
     machine: str = "h100",
+    attention: Attention = SDPA,
     recompute: str = "none",
     calibrated: tuple[str, ...] = (),
 ) -> Observation:
     word = "MuonClip" if optimizer == "muon" else "AdamW"
-    name = f"ours, 4 layers, 2 x 4096, bf16, recompute {recompute}, {word}, {machine.upper()}"
+    name = (
+        f"ours, 4 layers, 2 x 4096, bf16, attention {attention.name}, recompute {recompute},"
+        f" {word}, {machine.upper()}"
+    )
     job = slice_of_30b(
         *(4, 2),
         machine=machine,
-        implementation=TORCH,
+        implementation=dataclasses.replace(TORCH, attention=attention),
         microbatches=32 if quantity == "passes" else 1,
         recompute=recompute,
     )
@@ -136,7 +140,7 @@ OURS: Sequence[Observation] = (
     _ours("passes", 14.34, "muon", calibrated=("host_expert of torch",)),
     _ours("passes", 16.25, "adamw", calibrated=("host_expert of torch",)),
     *(
-        _ours(quantity, None, "muon", machine="h200", recompute=recompute)
+        _ours(quantity, None, "muon", machine="h200", attention=CSRC, recompute=recompute)
         for recompute in ("none", "full")
         for quantity in ("peak memory", "passes")
     ),

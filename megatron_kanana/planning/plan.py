@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from megatron_kanana.config.schema import OptimizerSettings
 
 from .activations import stage_bytes
 from .architecture import Architecture
-from .calibration import RESERVED_MEMORY, Implementation
+from .attention import attention_of
+from .calibration import RESERVED_MEMORY, TORCH, Implementation
 from .communication import pipeline_message
 from .flops import flops_per_token
 from .holdings import GRADIENT_BYTES, Holding, local_parameters, state_bytes
@@ -209,12 +211,16 @@ def job_of(
         settings: checked for `world_size` processes.
         world_size: processes of the job.
         machine: GPUs and network.
-        implementation: how layers are computed.
+        implementation: how layers are computed. `TORCH` gets the attention that the settings
+            choose on this machine.
         global_batch_size: of a step, where it is not the first one of the settings.
         fp8: whether projections and experts compute in fp8, even if the settings cannot say so.
         expert_load: of the busiest process, as `Layout` has it.
     """
     batch = global_batch_size or settings.schedule.global_batch_size
+    if implementation is TORCH:
+        attention = attention_of(settings, machine)
+        implementation = dataclasses.replace(implementation, attention=attention)
     return Job(
         architecture=Architecture.of(settings.model),
         layout=Layout.of(settings, world_size, batch, expert_load),

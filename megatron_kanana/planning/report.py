@@ -18,7 +18,8 @@ def plan_lines(run: RunPlan) -> Iterator[str]:
     machine = first.job.machine
     yield (
         f"{first.job.layout.world_size} x {machine.name}, layers computed by"
-        f" {first.job.implementation.name}{' in fp8' if first.job.fp8 else ''}"
+        f" {first.job.implementation.name}{' in fp8' if first.job.fp8 else ''},"
+        f" attention by {first.job.implementation.attention.name}"
     )
     yield ""
     row = "{:>6}{:>17}{:>9}{:>11}{:>11}{:>13}{:>8}{:>9}"
@@ -143,6 +144,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
     return {
         "machine": dataclasses.asdict(plan.job.machine),
         "implementation": plan.job.implementation.name,
+        "attention": plan.job.implementation.attention.name,
         "fp8": plan.job.fp8,
         "layout": {**layout, "recompute": sorted(plan.job.layout.recompute)},
         "fits": plan.fits,

@@ -58,8 +58,9 @@ def measure(settings: Settings, where: Any) -> dict[str, int]:
     from megatron_kanana.model.megatron_config import transformer_config
 
     config = transformer_config(settings, where)
-    # SDPA's attention also runs on a CPU; what it keeps there is what it keeps on a GPU.
-    model = Float16Module(config, gpt_model(settings, config, "sdpa")).train()
+    # SDPA and csrc run on a CPU, too; what they keep there is what they keep on a GPU.
+    backend = "sdpa" if settings.kernels.backend == "auto" else settings.kernels.backend
+    model = Float16Module(config, gpt_model(settings, config, backend)).train()
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+import torch
 
 from megatron_kanana.config import Environment, Settings, load_settings
-from megatron_kanana.planning.activations import stage_bytes
+from megatron_kanana.planning.activations import attention_backward_bytes, stage_bytes
 from megatron_kanana.planning.architecture import Architecture
-from megatron_kanana.planning.calibration import TORCH, TRANSFORMER_ENGINE
+from megatron_kanana.planning.calibration import (
+    CSRC,
+    TORCH,
+    TRANSFORMER_ENGINE,
+    Implementation,
+)
 from megatron_kanana.planning.layout import Layout, stages
 from tests.launch import CONFIG_DIR, run_python
 
@@ -25,6 +32,7 @@ CASES: dict[str, list[str]] = {
         "parallel.recompute=full",
     ],
     "multi-token prediction": ["++model.num_mtp_layers=1"],
+    "attention of csrc": ["kernels.backend=csrc"],
 }
 BATCH = [
     "schedule.micro_batch_size=4",
@@ -52,6 +60,11 @@ def load(name: str) -> tuple[Settings, Layout]:
     return settings, Layout.of(settings, world, 4)
 
 
+def implementation_of(name: str) -> Implementation:
+    """That of a case."""
+    return dataclasses.replace(TORCH, attention=CSRC) if "csrc" in name else TORCH
+
+
 def norms_of_a_cpu(settings: Settings, layout: Layout) -> float:
     """Bytes that torch's composite RMSNorm keeps more than the fused one of a GPU.
 
@@ -75,7 +88,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(
     settings, layout = load(name)
     architecture = Architecture.of(settings.model)
     [[stage]] = stages(architecture, layout)
-    kept, _ = stage_bytes(architecture, layout, TORCH, stage)
+    kept, _ = stage_bytes(architecture, layout, implementation_of(name), stage)
     expected = found[name]["saved"]
     assert kept + norms_of_a_cpu(settings, layout) == pytest.approx(expected, rel=0.004)
 
@@ -85,7 +98,7 @@ def test_peak_is_that_of_the_allocator(name: str, found: dict[str, dict[str, int
     settings, layout = load(name)
     architecture = Architecture.of(settings.model)
     [[stage]] = stages(architecture, layout)
-    kept, transient = stage_bytes(architecture, layout, TORCH, stage)
+    kept, transient = stage_bytes(architecture, layout, implementation_of(name), stage)
     predicted = kept + transient + norms_of_a_cpu(settings, layout)
     assert predicted == pytest.approx(found[name]["peak"], rel=0.05)
 
@@ -105,8 +118,6 @@ def test_more_tokens_for_some_experts_take_more_memory() -> None:
     settings, layout = load("recompute none")
     architecture = Architecture.of(settings.model)
     [[stage]] = stages(architecture, layout)
-    import dataclasses
-
     even, _ = stage_bytes(architecture, layout, TORCH, stage)
     loaded = dataclasses.replace(layout, expert_load=1.5)
     uneven, _ = stage_bytes(architecture, loaded, TORCH, stage)
@@ -115,3 +126,41 @@ def test_more_tokens_for_some_experts_take_more_memory() -> None:
     of_experts = visited * (2 * model.hidden_size + 12 * model.moe_ffn_hidden_size + 4)
     layers = model.num_layers - model.num_dense_layers
     assert uneven - even == pytest.approx(0.5 * of_experts * layers * layout.tokens)
+
+
+def test_backward_of_csrcs_attention_holds_the_tensors_that_its_documentation_lists() -> None:
+    """docs/attention.md, Memory, and the gradient it is given: 128 tokens of the 30B's heads."""
+    from megatron_kanana.config.shipped import shipped_model
+
+    tokens, heads = 128, 32
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    held = [
+        *(empty(tokens, heads, width, dtype=torch.bfloat16) for width in (192, 192, 128, 128)),
+        empty(heads, tokens, 192, dtype=torch.float32),
+        *(empty(heads, tokens, dtype=torch.float32) for _ in range(2)),
+        empty(heads, tokens // 8, dtype=torch.uint8),  # a bit a query and head
+    ]
+    expected = sum(tensor.nbytes for tensor in held)
+    found = tokens * attention_backward_bytes(Architecture.of(shipped_model("kanana_2_30b_a3b")))
+    assert found == expected
+
+
+def test_csrcs_attention_holds_no_logits() -> None:
+    """Dense layers alone, where nothing else passes: SDPA's 1,024 rows, and csrc's tensors."""
+    settings, layout = load("dense layers")
+    architecture = Architecture.of(settings.model)
+    length = 8192
+    layout = dataclasses.replace(layout, sequence_length=length, micro_batch_size=1)
+    [[whole]] = stages(architecture, layout)
+    stage = dataclasses.replace(whole, embedding=False, output=False)
+    assert stage.moe == 0
+    of_sdpa, of_csrc = (
+        stage_bytes(architecture, layout, dataclasses.replace(TORCH, attention=each), stage)
+        for each in (TORCH.attention, CSRC)
+    )
+    assert of_csrc[0] == of_sdpa[0]
+    assert of_sdpa[1] == 6 * settings.model.num_attention_heads * 1024 * length
+    assert of_csrc[1] == attention_backward_bytes(architecture) * length

@@ -20,7 +20,7 @@ from megatron_kanana.planning.flops import flops_per_token
 from megatron_kanana.planning.holdings import local_parameters
 from megatron_kanana.planning.layout import Layout, stages
 from megatron_kanana.planning.machines import MACHINES, machine_named
-from megatron_kanana.planning.plan import job_of, plan, plan_run
+from megatron_kanana.planning.plan import job_of, plan, plan_run, predict_memory
 from megatron_kanana.planning.search import search, valid_layouts
 from tests.launch import CONFIG_DIR
 from tools.plan import main
@@ -109,6 +109,28 @@ def test_optimizer_state_is_sharded_and_weights_are_not() -> None:
         muon, adamw = rank.parameters["dense", "muon"], rank.parameters["dense", "adamw"]
         experts = rank.parameters["experts", "muon"]
         assert rank.optimizer == pytest.approx((8 * muon + 12 * adamw) / 64 + 8 * experts / 8)
+
+
+@pytest.mark.parametrize(
+    "processes, overrides",
+    [
+        (256, ("experiment=kanana_2_155b_a17b",)),
+        (512, RECIPE),
+        (1024, ("experiment=kanana_2_155b_a17b", "parallel=h200_1024")),
+        (256, ("experiment=kanana_2_155b_long_context",)),
+        (64, ("experiment=kanana_2_155b_sft",)),
+        (64, ("experiment=kanana_2_155b_proxy",)),
+        (64, ("experiment=kanana_2_155b_proxy", "model=kanana_2_155b_proxy_1536")),
+        (128, ("experiment=kanana_2_155b_proxy", "model=kanana_2_155b_proxy_2048")),
+    ],
+)
+def test_recipe_has_room_on_h200s_with_a_quarter_more_tokens_for_some_experts(
+    processes: int, overrides: tuple[str, ...]
+) -> None:
+    settings, machine = load(processes, *overrides), MACHINES["h200"]
+    job = job_of(settings, processes, machine, TORCH, expert_load=1.25)
+    peak = max(rank.peak for rank in predict_memory(job, settings.optimizer))
+    assert peak <= (1 - RESERVED_MEMORY) * machine.memory_bytes
 
 
 def test_parts_of_a_step_sum_to_it() -> None:
