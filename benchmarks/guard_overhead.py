@@ -2,9 +2,12 @@
 
 torchrun --nproc-per-node 2 -m benchmarks.guard_overhead --name guard_overhead_cpu
 
-With them: the checks of loss and gradients, the trace of every layer, the watchdog's thread, and a
-comparison of the processes' own times at the end of each block, ten times as often as by default.
-Both kinds of blocks belong to one run, go on from each other and are measured side by side.
+With them: the checks of loss and gradients, the trace of every layer, the watchdog's thread with a
+look into torch's store every second, ten times as often as by default, and a comparison of the
+processes' own times at the end of each block, 20 times as often. Both kinds of blocks belong to one
+run and go on from each other. A block with guards is compared with its neighbour without, by the
+time on the clock and by the CPU time of all processes with all their threads, which other work on
+the machine moves less. Blocks are short, as a machine's pace changes within seconds.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +32,13 @@ from megatron_kanana.config import Settings, detect_environment, load_settings
 
 from .card import RESULTS_DIR, Row, write_card
 
-STEPS_OF_A_BLOCK = 10
+STEPS_OF_A_BLOCK = 5
+WARM_UP = 4
+"""Blocks that are not measured; in the first one the watchdog finds torch's store."""
+
+BEAT_TIMEOUT = 20.0
+"""`watchdog.timeout` by which the watchdog looks into the store every second."""
+
 GUARDS_OFF: dict[str, Any] = {
     "on_nonfinite": "ignore",
     "on_spike": "ignore",
@@ -40,7 +51,7 @@ def main() -> None:
     """Measure, and write the card on the first process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True, help="name of the card")
-    parser.add_argument("--blocks", type=int, default=40, help="blocks of each kind")
+    parser.add_argument("--blocks", type=int, default=150, help="blocks of each kind")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR)
     parser.add_argument("overrides", nargs="*", help="settings of the run")
     options = parser.parse_args()
@@ -56,7 +67,7 @@ def main() -> None:
 def measure(blocks: int, overrides: list[str]) -> list[Row]:
     """Time both kinds of blocks."""
     environment = detect_environment()
-    steps = (2 * blocks + 2) * STEPS_OF_A_BLOCK
+    steps = (2 * blocks + WARM_UP) * STEPS_OF_A_BLOCK
     words = [f"schedule.steps={steps}", "schedule.warmup_steps=10", "schedule.decay_steps=0"]
     settings = load_settings([*words, *overrides], environment)
     where = device.prepare_device(settings, environment)
@@ -69,30 +80,61 @@ def measure(blocks: int, overrides: list[str]) -> list[Row]:
     off = Guards(run.chunks, dataclasses.replace(settings.guards, **GUARDS_OFF))
     kinds = {True: (run.guards, layer_hooks(run)), False: (off, {})}
     iterators, _ = training_data(run)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for block in range(2 * blocks + 2):
-        # On, off, off, on, ...: a drift of the machine hits both alike.
-        guarded = block % 4 in (0, 3)
-        run.guards, hooks = kinds[guarded]
-        put_hooks(run, hooks)
-        with watched(settings, run) if guarded else contextlib.nullcontext(Nothing()) as of_block:
+    seconds: dict[bool, list[list[float]]] = {True: [], False: []}
+    with watched(settings, run) as watching:
+        for block in range(2 * blocks + WARM_UP):
+            # On, off, off, on, ...: a drift of the machine hits both alike.
+            guarded = block % 4 in (0, 3)
+            run.guards, hooks = kinds[guarded]
+            put_hooks(run, hooks)
             dist.barrier()
-            start = time.perf_counter()
-            train_block(run, iterators, of_block)
+            start = time.perf_counter(), time.process_time()
+            if guarded:
+                watching.pause.watching.set()
+            train_block(run, iterators, watching if guarded else Nothing())
+            watching.pause.watching.clear()
             if where.is_cuda:
                 torch.cuda.synchronize()
-            if block >= 2:  # the first of each kind warms up
-                seconds[guarded].append((time.perf_counter() - start) / STEPS_OF_A_BLOCK)
-    on, without = (statistics.median(seconds[guarded]) for guarded in (True, False))
-    pairs = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
-    overhead = 100 * (statistics.median(pairs) - 1)
-    quartiles = statistics.quantiles(pairs, n=4)
-    spread = 100 * (quartiles[2] - quartiles[0])
+            clock, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+            of_all = torch.tensor([clock / dist.get_world_size(), cpu], device=where.torch_device)
+            dist.all_reduce(of_all)
+            if block >= WARM_UP:
+                seconds[guarded].append((of_all / STEPS_OF_A_BLOCK).tolist())
+    rows = []
+    for index, name in enumerate(("step", "CPU time of a step, all processes")):
+        rows += compare(name, *([each[index] for each in seconds[kind]] for kind in (True, False)))
+    return rows
+
+
+def compare(name: str, guarded: list[float], free: list[float]) -> list[Row]:
+    """Rows of one kind of time, by pairs of neighbouring blocks."""
+    blocks = len(guarded)
+    on, without = statistics.median(guarded), statistics.median(free)
+    overheads = [100 * (a / b - 1) for a, b in zip(guarded, free, strict=True)]
+    quartiles = statistics.quantiles(overheads, n=4)
+    low, high = median_interval(overheads)
+    values = {
+        "overhead of the guards, median of pairs of blocks": statistics.median(overheads),
+        "lower end of the median's 95 % confidence interval": low,
+        "upper end of the median's 95 % confidence interval": high,
+        "the pairs' interquartile range": quartiles[2] - quartiles[0],
+    }
     return [
-        Row("step with guards", "s", on, "without", without, without / on, blocks),
-        Row("overhead of the guards, median of pairs of blocks", "%", overhead, runs=blocks),
-        Row("the pairs' interquartile range", "%", spread, runs=blocks),
+        Row(f"{name}, with guards", "s", on, "without", without, without / on, blocks),
+        *(Row(f"{name}: {what}", "%", value, runs=blocks) for what, value in values.items()),
     ]
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """A 95 % confidence interval of the median: the sign test's, whatever the distribution."""
+    count, outside = len(values), 0
+    probability = 0.5**count
+    while probability <= 0.025:
+        outside += 1
+        probability += math.comb(count, outside) * 0.5**count
+    ordered = sorted(values)
+    first = max(outside - 1, 0)
+    return ordered[first], ordered[count - 1 - first]
 
 
 class Nothing:
@@ -105,12 +147,29 @@ class Nothing:
         """As the comparison's."""
 
 
+class Pause(threading.Event):
+    """Stands for the event that ends the watchdog's thread, and holds the thread between blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watching = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As the event's, but False only while the watchdog is to look."""
+        while not self.is_set():
+            self.watching.wait()
+            if super().wait(timeout) or self.watching.is_set():
+                break
+        return self.is_set()
+
+
 @dataclasses.dataclass
 class Watched:
-    """Watchdog and comparison of a block."""
+    """Watchdog and comparison of the blocks with guards."""
 
     watchdog: Any
     stragglers: Any
+    pause: Pause
 
     def enter_step(self, step: int) -> None:
         """Tell the watchdog."""
@@ -123,13 +182,24 @@ class Watched:
 
 @contextlib.contextmanager
 def watched(settings: Settings, run: Any) -> Iterator[Watched]:
-    """A watchdog for one block."""
+    """The watchdog, at rest."""
     from megatron_kanana.training.stragglers import Stragglers
     from megatron_kanana.training.watchdog import Watchdog
 
-    often = dataclasses.replace(settings.watchdog, straggler_interval=STEPS_OF_A_BLOCK)
-    with Watchdog(settings, detect_environment()) as watchdog:
-        yield Watched(watchdog, Stragglers(often, watchdog.own_time, run.device.torch_device))
+    often = dataclasses.replace(
+        settings.watchdog,
+        straggler_interval=STEPS_OF_A_BLOCK,
+        straggler_factor=math.inf,  # own times count the pauses here: nobody is to be named by them
+        timeout=BEAT_TIMEOUT,
+    )
+    watchdog = Watchdog(dataclasses.replace(settings, watchdog=often), detect_environment())
+    pause = Pause()
+    vars(watchdog)["_stopped"] = pause
+    with watchdog:
+        yield Watched(
+            watchdog, Stragglers(often, watchdog.own_time, run.device.torch_device), pause
+        )
+        pause.watching.set()
 
 
 def train_block(run: Any, iterators: Any, of_block: Any) -> None:

@@ -50,8 +50,6 @@ def evaluate(run: Run, dataset: Any) -> float:
         losses: list[torch.Tensor] = []
         for _ in range(schedule.evaluation_batches):
             losses += run_schedule(run, iterators, num_microbatches, forward_only=True)
-    share = torch.tensor(
-        local_loss_share(losses), dtype=torch.float64, device=run.device.torch_device
-    )
+    share = local_loss_share(losses, run.device.torch_device)
     dist.all_reduce(share)
     return float(share)

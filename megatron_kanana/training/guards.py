@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_kanana.config.guard_settings import GuardSettings
 from megatron_kanana.config.ledger import SampleRange
 from megatron_kanana.config.saved import whole_steps
-from megatron_kanana.optimizer.update import gradient_norm
+from megatron_kanana.optimizer.update import gradient_norm_and_loss
 
 from .layer_trace import LayerTrace
 from .locate import locate, transient_origin
@@ -62,21 +61,19 @@ class Pass:
     """Forward and backward passes of a step, looked at.
 
     Attributes:
-        losses: mean loss of each microbatch; empty on processes without the output layer.
         grad_norm: global norm of the gradients.
-        loss: mean over the global batch; None where no guard needed it.
+        loss: mean over the global batch, of the next token alone.
         troubles: what the guards found.
     """
 
-    losses: list[torch.Tensor]
     grad_norm: float
-    loss: float | None
+    loss: float
     troubles: list[Trouble] = field(default_factory=list)
 
     @property
     def is_finite(self) -> bool:
         """Whether loss and gradients are."""
-        return math.isfinite(self.grad_norm) and math.isfinite(self.loss or 0.0)
+        return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
     @property
     def applies(self) -> bool:
@@ -149,7 +146,7 @@ class Guards:
         if not result.applies:
             forget_pass(run)
             self._biases.put_back()
-        elif result.loss is not None and math.isfinite(result.loss):
+        elif math.isfinite(result.loss):
             self._spikes.remember(result.loss)
         return result
 
@@ -163,12 +160,9 @@ class Guards:
         self.interventions = sorted({*self.interventions, *state["interventions"]})
 
     def _measured(self, run: Run, losses: list[torch.Tensor]) -> Pass:
-        norm = gradient_norm(run.optimizer)
-        if self.settings.on_nonfinite == IGNORE and self.settings.on_spike == IGNORE:
-            return Pass(losses, norm, None)
-        loss = torch.tensor(local_loss_share(losses), device=run.device.torch_device).double()
-        dist.all_reduce(loss)
-        return Pass(losses, norm, float(loss))
+        share = local_loss_share(losses, run.device.torch_device)
+        norm, loss = gradient_norm_and_loss(run.optimizer, share)
+        return Pass(norm, loss)
 
     def _recheck(self, run: Run, one_pass: Callable[[], Any]) -> list[Trouble]:
         interval = self.settings.recheck_interval
@@ -180,8 +174,8 @@ class Guards:
         details = f"rank {', '.join(map(str, ranks))} computed other gradients the second time"
         return [self._trouble(run, MISMATCH, self.settings.on_mismatch, details)]
 
-    def _spike(self, run: Run, loss: float | None) -> list[Trouble]:
-        if self.settings.on_spike == IGNORE or loss is None:
+    def _spike(self, run: Run, loss: float) -> list[Trouble]:
+        if self.settings.on_spike == IGNORE:
             return []
         limit = self._spikes.limit()
         if not loss > limit:

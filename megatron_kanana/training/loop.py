@@ -129,7 +129,7 @@ def measure(run: Run, result: StepResult) -> StepMetrics:
     return collect_metrics(
         run.chunks,
         run.config,
-        result.losses,
+        result.loss,
         result.mtp_losses,
         run.attention_logits.take(),
         0 if run.qk_clip is None else run.qk_clip.take_num_clipped(),

@@ -80,7 +80,7 @@ def max_violation(load: list[float]) -> float:
 def collect_metrics(
     chunks: list[Any],
     config: MLATransformerConfig,
-    losses: list[torch.Tensor],
+    loss: float,
     mtp_losses: torch.Tensor | None,
     max_logits: list[float],
     num_clipped: int,
@@ -89,7 +89,7 @@ def collect_metrics(
     """Combine the processes' measurements; one collective, on every process.
 
     Args:
-        max_logits, num_clipped: the same on every process already.
+        loss, max_logits, num_clipped: the same on every process already.
         The others are this process's.
     """
     num_mtp_layers, num_experts = config.mtp_num_layers or 0, config.num_moe_experts
@@ -99,25 +99,31 @@ def collect_metrics(
     sums = torch.zeros(num_layers, num_experts + 1, dtype=torch.float64, device=device)
     for layer, load in recorder.loads.items():
         sums[layer - 1, :num_experts] = load
-    sums[0, -1] = local_loss_share(losses)
     if mtp_losses is not None:
-        sums[1 : num_mtp_layers + 1, -1] = local_share(mtp_losses)
+        sums[:num_mtp_layers, -1] = local_share(mtp_losses)
     dist.all_reduce(sums)
     loads = sums[:, :num_experts].tolist()
     return StepMetrics(
-        loss=float(sums[0, -1]),
+        loss=loss,
         max_logits=max_logits,
         expert_loads={
             layer: loads[layer - 1] for layer in range(1, num_layers + 1) if has_experts[layer - 1]
         },
-        mtp_losses=sums[1 : num_mtp_layers + 1, -1].tolist(),
+        mtp_losses=sums[:num_mtp_layers, -1].tolist(),
         num_clipped=num_clipped,
     )
 
 
-def local_loss_share(losses: list[torch.Tensor]) -> float:
-    """This process's part of the mean loss; the parts of all processes add up to it."""
-    return float(local_share(torch.stack(losses).double().mean())) if losses else 0.0
+def local_loss_share(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """This process's part of the mean loss, fp64 []; the parts of all processes add up to it.
+
+    Args:
+        losses: of the microbatches; empty on processes without the output layer.
+        device: where the part is to lie, which is where the losses do.
+    """
+    if not losses:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return local_share(torch.stack(losses).double().mean())
 
 
 def local_share(means: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ GPUs, where Python is ahead of the kernels, it is read from torch's flight recor
 
 from __future__ import annotations
 
+import functools
 import json
 import linecache
 import sys
@@ -106,13 +107,18 @@ def _waiting_frame(frame: FrameType | None) -> FrameType | None:
     for _ in range(_LOOKED_AT):
         if frame is None:
             return None
-        file = frame.f_code.co_filename
-        if file.endswith((_COLLECTIVES, _PIPELINE)):
-            return frame
-        if ".wait()" in linecache.getline(file, frame.f_lineno) and "/threading.py" not in file:
+        if _waits_at(frame.f_code.co_filename, frame.f_lineno):
             return frame
         frame = frame.f_back
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _waits_at(file: str, line: int) -> bool:
+    """Whether code that is at this line waits for other processes; a step passes few lines."""
+    if file.endswith((_COLLECTIVES, _PIPELINE)):
+        return True
+    return ".wait()" in linecache.getline(file, line) and "/threading.py" not in file
 
 
 def _operation(frame: FrameType) -> Operation:

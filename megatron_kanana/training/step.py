@@ -27,22 +27,19 @@ class StepResult:
     """What one step gave on this process.
 
     Attributes:
-        losses: mean loss of each microbatch; empty on processes without the output layer.
+        loss: mean over the global batch, in nats a token, of the next token alone.
         mtp_losses: fp32 [num_mtp_layers], mean over the microbatches of each multi-token
-            prediction layer's loss; None where `losses` is empty and without such layers.
+            prediction layer's loss; None without such layers and where the output layer is not.
         grad_norm: global norm of the gradients before clipping.
         troubles: what the guards found; the same on every process.
+        applied: whether the weights were updated.
     """
 
-    losses: list[torch.Tensor]
+    loss: float
     mtp_losses: torch.Tensor | None
     grad_norm: float
     troubles: list[Trouble]
-
-    @property
-    def applied(self) -> bool:
-        """Whether the weights were updated."""
-        return all(trouble.applies for trouble in self.troubles)
+    applied: bool
 
     @property
     def ends_here(self) -> bool:
@@ -68,7 +65,7 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
     )
     passed = run.guards.run_pass(run, iterators, forward_backward)
     mtp_losses = take_mtp_losses(num_microbatches)
-    result = StepResult(passed.losses, mtp_losses, passed.grad_norm, passed.troubles)
+    result = StepResult(passed.loss, mtp_losses, passed.grad_norm, passed.troubles, passed.applies)
     if result.ends_here:
         return result
     run.scheduler.step(increment=1)

@@ -8,6 +8,7 @@ layouts are compared by.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -126,7 +127,7 @@ def gradients(run: Any, samples: list[Batch]) -> dict[str, Any]:
     run.config.finalize_model_grads_func = finalize
     iterators = weigh_alike(run, [iter(mine) for _ in run.chunks], len(mine))
     losses = run_schedule(run, iterators, len(mine), forward_only=False)
-    share = torch.tensor(local_loss_share(losses), dtype=torch.float64)
+    share = local_loss_share(losses, torch.device("cpu"))
     dist.all_reduce(share)
     loads = torch.zeros(5, 8)
     for layer, load in run.expert_loads.loads.items():
@@ -155,10 +156,15 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 def summary(run: Any, counted: dict[str, Any]) -> dict[str, Any]:
     """What must be the same in every layout."""
-    _, norm, _ = run.optimizer.step()
+    from megatron_kanana.optimizer.update import gradient_norm_and_loss
+
+    share = torch.tensor(counted["loss"] / dist.get_world_size(), dtype=torch.float64)
+    norm, loss = gradient_norm_and_loss(run.optimizer, share)
+    _, of_megatron_core, _ = run.optimizer.step()
+    assert math.isclose(norm, float(of_megatron_core), rel_tol=1e-6)
     return {
-        "loss": counted["loss"],
-        "grad_norm": float(norm),
+        "loss": loss,
+        "grad_norm": norm,
         "loads": counted["loads"],
         "max logits": counted["max logits"],
     }
