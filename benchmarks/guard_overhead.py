@@ -2,9 +2,10 @@
 
 torchrun --nproc-per-node 2 -m benchmarks.guard_overhead --name guard_overhead_cpu
 
-With them: the checks of loss and gradients, the trace of every layer, the watchdog's thread with a
-look into torch's store every second, ten times as often as by default, and a comparison of the
-processes' own times at the end of each block, 20 times as often. Both kinds of blocks belong to one
+With them: the checks of loss and gradients, the trace of every layer, and the watchdog's thread.
+The comparison of the processes' own times, which comes once in `watchdog.straggler_interval` steps,
+is timed by itself after each block, and its share is added to each step. The loss over all
+processes is computed with and without guards, as it is logged. Both kinds of blocks belong to one
 run and go on from each other. A block with guards is compared with its neighbour without, by the
 time on the clock and by the CPU time of all processes with all their threads, which other work on
 the machine moves less. Blocks are short, as a machine's pace changes within seconds.
@@ -20,7 +21,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,6 @@ from .card import RESULTS_DIR, Row, write_card
 STEPS_OF_A_BLOCK = 5
 WARM_UP = 4
 """Blocks that are not measured; in the first one the watchdog finds torch's store."""
-
-BEAT_TIMEOUT = 20.0
-"""`watchdog.timeout` by which the watchdog looks into the store every second."""
 
 GUARDS_OFF: dict[str, Any] = {
     "on_nonfinite": "ignore",
@@ -87,26 +86,33 @@ def measure(blocks: int, overrides: list[str]) -> list[Row]:
             guarded = block % 4 in (0, 3)
             run.guards, hooks = kinds[guarded]
             put_hooks(run, hooks)
-            dist.barrier()
-            start = time.perf_counter(), time.process_time()
+            step = partial(train_block, run, iterators, watching if guarded else None)
+            time_of_step = timed(step, where) / STEPS_OF_A_BLOCK
             if guarded:
-                watching.pause.watching.set()
-            train_block(run, iterators, watching if guarded else Nothing())
-            watching.pause.watching.clear()
-            if where.is_cuda:
-                torch.cuda.synchronize()
-            clock, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-            of_all = torch.tensor([clock / dist.get_world_size(), cpu], device=where.torch_device)
-            dist.all_reduce(of_all)
+                compare = partial(watching.stragglers.step_done, run.step, None)
+                time_of_step += timed(compare, where) / settings.watchdog.straggler_interval
             if block >= WARM_UP:
-                seconds[guarded].append((of_all / STEPS_OF_A_BLOCK).tolist())
+                seconds[guarded].append(time_of_step.tolist())
     rows = []
     for index, name in enumerate(("step", "CPU time of a step, all processes")):
-        rows += compare(name, *([each[index] for each in seconds[kind]] for kind in (True, False)))
+        rows += rows_of(name, *([each[index] for each in seconds[kind]] for kind in (True, False)))
     return rows
 
 
-def compare(name: str, guarded: list[float], free: list[float]) -> list[Row]:
+def timed(function: Callable[[], None], where: Any) -> torch.Tensor:
+    """Seconds of a call that all processes make: on the clock, and CPU time of all of them."""
+    dist.barrier()
+    clock, cpu = time.perf_counter(), time.process_time()
+    function()
+    if where.is_cuda:
+        torch.cuda.synchronize()
+    clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    of_all = torch.tensor([clock / dist.get_world_size(), cpu], device=where.torch_device)
+    dist.all_reduce(of_all)
+    return of_all
+
+
+def rows_of(name: str, guarded: list[float], free: list[float]) -> list[Row]:
     """Rows of one kind of time, by pairs of neighbouring blocks."""
     blocks = len(guarded)
     on, without = statistics.median(guarded), statistics.median(free)
@@ -137,16 +143,6 @@ def median_interval(values: list[float]) -> tuple[float, float]:
     return ordered[first], ordered[count - 1 - first]
 
 
-class Nothing:
-    """Stands for watchdog and comparison where there are none."""
-
-    def enter_step(self, step: int) -> None:
-        """As the watchdog's."""
-
-    def step_done(self, step: int, recorder: None) -> None:
-        """As the comparison's."""
-
-
 class Pause(threading.Event):
     """Stands for the event that ends the watchdog's thread, and holds the thread between blocks."""
 
@@ -171,14 +167,6 @@ class Watched:
     stragglers: Any
     pause: Pause
 
-    def enter_step(self, step: int) -> None:
-        """Tell the watchdog."""
-        self.watchdog.enter_step(step)
-
-    def step_done(self, step: int, recorder: None) -> None:
-        """Compare, where it is time."""
-        self.stragglers.step_done(step, recorder)
-
 
 @contextlib.contextmanager
 def watched(settings: Settings, run: Any) -> Iterator[Watched]:
@@ -186,31 +174,31 @@ def watched(settings: Settings, run: Any) -> Iterator[Watched]:
     from megatron_kanana.training.stragglers import Stragglers
     from megatron_kanana.training.watchdog import Watchdog
 
-    often = dataclasses.replace(
-        settings.watchdog,
-        straggler_interval=STEPS_OF_A_BLOCK,
-        straggler_factor=math.inf,  # own times count the pauses here: nobody is to be named by them
-        timeout=BEAT_TIMEOUT,
-    )
-    watchdog = Watchdog(dataclasses.replace(settings, watchdog=often), detect_environment())
+    watchdog = Watchdog(settings, detect_environment())
     pause = Pause()
     vars(watchdog)["_stopped"] = pause
+    # Own times count the pauses here: nobody is to be named by them.
+    always = dataclasses.replace(settings.watchdog, straggler_interval=1, straggler_factor=math.inf)
     with watchdog:
         yield Watched(
-            watchdog, Stragglers(often, watchdog.own_time, run.device.torch_device), pause
+            watchdog, Stragglers(always, watchdog.own_time, run.device.torch_device), pause
         )
         pause.watching.set()
 
 
-def train_block(run: Any, iterators: Any, of_block: Any) -> None:
+def train_block(run: Any, iterators: Any, watching: Watched | None) -> None:
     """The steps of one block."""
     from megatron_kanana.training.step import train_step
 
+    if watching is not None:
+        watching.pause.watching.set()
     for _ in range(STEPS_OF_A_BLOCK):
-        of_block.enter_step(run.step + 1)
+        if watching is not None:
+            watching.watchdog.enter_step(run.step + 1)
         result = train_step(run, iterators)
         assert not result.troubles
-        of_block.step_done(run.step, None)
+    if watching is not None:
+        watching.pause.watching.clear()
 
 
 def layers(run: Any) -> Iterator[torch.nn.Module]:
