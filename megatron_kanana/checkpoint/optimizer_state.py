@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from megatron_kanana.config import ConfigurationError
+from megatron_kanana.config.problems import Problem
 from megatron_kanana.optimizer.whole_state import (
     FP32_WEIGHT,
     Entry,
@@ -25,10 +28,6 @@ from megatron_kanana.optimizer.whole_state import (
 )
 
 Sharded: TypeAlias = "ShardedTensor | ShardedTensorFactory"
-
-
-class OtherOptimizerError(Exception):
-    """Raised for a checkpoint that holds the state of another optimizer than the run's."""
 
 
 def to_save(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
@@ -84,21 +83,32 @@ def places(
     return describe(empty, parameters, model)
 
 
-def check_stored(wanted: Mapping[Entry, Sharded], path: Path) -> None:
-    """Make sure that a checkpoint holds what this process wants of the optimizer's state.
+def check_stored(wanted: Mapping[Entry, Sharded], path: Path, name: str) -> None:
+    """Make sure that a checkpoint holds the optimizer's state; every process must call this.
+
+    Args:
+        wanted: what this process wants of it.
+        path: the checkpoint.
+        name: `optimizer.name` of the run.
 
     Raises:
-        OtherOptimizerError: it does not.
+        ConfigurationError: it does not hold what some process wants; raised on every process.
     """
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    missing = [sharded.key for sharded in wanted.values() if sharded.key not in stored]
+    mine = {sharded.key for sharded in wanted.values() if sharded.key not in stored}
+    of_processes: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_processes, mine)
+    missing = sorted(set().union(*of_processes))
     if missing:
-        raise OtherOptimizerError(
-            f"the checkpoint {path} lacks {len(missing)} tensors of the optimizer, such as"
-            f" {missing[0]}: it was made with another optimizer.name, muon_kinds or adamw_kinds."
-            " Take those of its settings.yaml, or start from its weights alone: convert it to"
-            " Hugging Face's form and back with tools/convert_checkpoint.py"
+        reason = (
+            f"the checkpoint {path} lacks {len(missing)} tensors of this optimizer, such as"
+            f" {missing[0]}: it was made with another optimizer.name, muon_kinds or adamw_kinds"
         )
+        remedy = (
+            "take those of its settings.yaml, or give the run another run_name and begin with the"
+            f" weights alone: checkpoint.load={path} checkpoint.load_what=weights"
+        )
+        raise ConfigurationError([Problem("optimizer.name", name, reason, remedy)])
 
 
 def load(optimizer: Any, loaded: Mapping[Entry, torch.Tensor], steps: int) -> None:

@@ -81,7 +81,7 @@ def load(run: Run, path: Path) -> None:
     saved_layout = common["layout"]
     model = model_state(run.chunks)
     optimizer = optimizer_state.to_load(run.optimizer, model)
-    optimizer_state.check_stored(optimizer, path)
+    optimizer_state.check_stored(optimizer, path, run.settings.optimizer.name)
     wanted = {**model, "optimizer": optimizer, **_stored_weight_average(run, model, path)}
     same_layout = saved_layout == _layout(run.settings)
     if same_layout:
@@ -121,7 +121,7 @@ def load_for_new_run(run: Run, path: Path, *, with_optimizer: bool) -> None:
     if with_optimizer:
         model = model_state(run.chunks)
         optimizer = optimizer_state.to_load(run.optimizer, model)
-        optimizer_state.check_stored(optimizer, path)
+        optimizer_state.check_stored(optimizer, path, run.settings.optimizer.name)
         state = load_sharded({**model, "optimizer": optimizer}, path)
         _load_model(run.chunks, state)
         optimizer_state.load(run.optimizer, state["optimizer"], state["optimizer_step"])

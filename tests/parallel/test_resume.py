@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoints import saved_tensors
-from tests.launch import train
+from tests.launch import CONFIG_DIR, run_python, train
 
 TENSOR = "parallel.tensor_parallel_size=2"
 PIPELINE = "parallel.pipeline_parallel_size=2"
@@ -62,3 +62,22 @@ def test_only_whole_checkpoints_are_resumed_and_old_ones_go(
     records = train(tmp_path, cache_dir, "run", *often, "stop_after_step=10")
     assert [record["step"] for record in records] == list(range(1, 11))
     assert (folder / "step_00000010" / "metadata.json").is_file()
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_in_words(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    train(tmp_path, cache_dir, "run", "stop_after_step=1", processes=2)
+    command = ("-m", "megatron_kanana.train", "--config-dir", str(CONFIG_DIR), "experiment=small")
+    folders = (f"output_dir={tmp_path}", f"data.cache_dir={cache_dir}")
+    refused = run_python(*command, *folders, "run_name=run", "optimizer=muon", processes=2)
+    told = refused.stderr + refused.stdout
+    assert refused.returncode != 0
+    assert told.count("optimizer.name = muon") == 1
+    assert "optimizer.state.momentum." in told
+    assert "megatron_kanana/checkpoint" not in told  # no traceback
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    remedy = (f"checkpoint.load={checkpoint}", "checkpoint.load_what=weights")
+    assert all(setting in told for setting in remedy)
+    records = train(tmp_path, cache_dir, "other", "optimizer=muon", "stop_after_step=1", *remedy)
+    assert [record["step"] for record in records] == [1]
