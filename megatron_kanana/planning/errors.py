@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from megatron_kanana.config.schema import OptimizerSettings
 
 from .calibration import DEEPEP
-from .measured import ALL, GIB, PUBLISHED, SLICES, Observation
+from .measured import (
+    ALL,
+    GIB,
+    HOST_EXPERT_OF_TORCH,
+    OURS,
+    PUBLISHED,
+    SLICES,
+    Observation,
+)
 from .plan import plan
 
 UPDATE_PARTS = ("update", "orthogonalisation", "messages: Muon")
@@ -74,12 +82,36 @@ _SWEEPS = 3
 
 
 def _left_out(observation: Observation) -> float | None:
-    """The prediction after a fit to the other fitted figures; None for this version's own."""
+    """The prediction after a fit to the other fitted figures: this version's, or all others'."""
+    if HOST_EXPERT_OF_TORCH in observation.calibrated:
+        ours = [each for each in OURS if each.calibrated and each is not observation]
+        return predict(with_host_expert(observation, fit_host_expert(ours)))
     used = [each for each in (*SLICES, *PUBLISHED) if each.calibrated]
-    if observation not in used:
-        return None
     rest = [each for each in used if each is not observation]
     return predict(_with(observation, fit(rest)))
+
+
+def fit_host_expert(observations: Sequence[Observation]) -> float:
+    """This version's seconds to launch an expert, with the least squares of log errors."""
+
+    def loss(factor: float) -> float:
+        return sum(
+            math.log(predict(with_host_expert(each, 1e-3 * math.exp(factor))) / each.measured) ** 2
+            for each in observations
+            if each.measured is not None
+        )
+
+    return 1e-3 * math.exp(_minimum(loss, -1.0, 1.0))
+
+
+def with_host_expert(observation: Observation, seconds: float) -> Observation:
+    """The observation where launching an expert takes so long."""
+    job = observation.job
+    host_expert = dict.fromkeys(job.implementation.host_expert, seconds)
+    implementation = dataclasses.replace(job.implementation, host_expert=host_expert)
+    return dataclasses.replace(
+        observation, job=dataclasses.replace(job, implementation=implementation)
+    )
 
 
 def fit(observations: Sequence[Observation]) -> tuple[float, ...]:

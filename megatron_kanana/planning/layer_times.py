@@ -2,7 +2,9 @@
 
 Products take their operations over the rate that `calibration.Efficiencies` says is reached;
 everything else takes the bytes it moves over the memory's. Launching from Python goes on meanwhile:
-a pass takes (host^p + gpu^p)^(1/p) of the two. Messages that nothing overlaps are added.
+a pass takes (host^p + gpu^p)^(1/p) of the two. Before experts the host waits for the GPU, as it has
+to know how many tokens each expert gets; that counts with the host's time. Messages that nothing
+overlaps are added.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from .activations import MAX_LOGIT_ROWS
 from .architecture import Architecture, Weight, multiply_size
 from .calibration import Efficiencies, Implementation
 from .communication import (
@@ -133,6 +136,8 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
         parts["dense feed-forward"] = _products(job, weights, forward=forward)
     host *= job.machine.host_time
     parts["host"] = host * (FORWARD_SHARE_OF_HOST if forward else 1 - FORWARD_SHARE_OF_HOST)
+    if is_moe and forward:
+        parts["host"] += _waiting_for_counts(job, parts)
     has_split = not is_moe or architecture.shared_hidden_size > 0
     attention, feed_forward = tensor_parallel(architecture, layout)
     size = attention + (feed_forward if has_split else 0.0)
@@ -140,6 +145,17 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
         job, tensor_parallel_message(size, layout, job.machine, forward=forward)
     )
     return parts
+
+
+def _waiting_for_counts(job: Job, parts: Parts) -> float:
+    """Seconds by which attention outlasts its launching, after which tokens are counted.
+
+    megatron-core's dispatchers copy the number of tokens of each expert to the host.
+    """
+    power = job.efficiencies.host_overlap
+    gpu = parts["attention projections"] + parts["core attention"]
+    host = job.implementation.host_layer * job.machine.host_time * FORWARD_SHARE_OF_HOST
+    return float((gpu**power + host**power) ** (1 / power) - host)
 
 
 def output_parts(job: Job, *, forward: bool) -> Parts:
@@ -196,10 +212,11 @@ def _core_attention(job: Job, *, forward: bool) -> float:
         flops *= (3 * query + 2 * value) / (query + value)
         return flops / (job.machine.bf16_flops * backward_share)
     seconds = flops / (job.machine.bf16_flops * forward_share)
-    if attention.second_product:  # bf16 written and read, fp32 written, masked and read
-        logits = layout.micro_batch_size * layout.sequence_length**2 / 2
-        logits *= job.architecture.num_heads / layout.tensor
-        seconds += _memory_seconds(job, 18.0 * logits)
+    if attention.second_product:  # bf16 written and read, fp32 written, masked (both) and read
+        rows = min(MAX_LOGIT_ROWS, layout.sequence_length)  # up to the last one's diagonal
+        logits = float(layout.micro_batch_size * layout.sequence_length)
+        logits *= (layout.sequence_length + rows) / 2 * job.architecture.num_heads / layout.tensor
+        seconds += _memory_seconds(job, 20.0 * logits)
         seconds += (
             2.0
             * job.architecture.query_key_dim

@@ -28,7 +28,8 @@ class Observation:
     Attributes:
         name: what was run.
         quantity: 'peak memory' and 'activations' in GiB, 'passes' (forward and backward passes of
-            a step) and 'step' in seconds, 'throughput' in TFLOP/s of a GPU by the model's count.
+            a step) and 'step' (the update too) in seconds, 'throughput' in TFLOP/s of a GPU by the
+            model's count.
         measured: the figure; None where it has not been measured.
         source: where it stands.
         job: what was run.
@@ -80,7 +81,8 @@ def slice_of_30b(
 
 
 _PEERS = "peers: megatron-core 0.16.1 and Transformer Engine 2.11, one H200, 2026-11-23"
-_CARD = "benchmarks/results/optimizer_step_h100.json"
+_PASSES_CARD = "benchmarks/results/optimizer_step_h100.json"
+_STEP_CARD = "benchmarks/results/planner_calibration_h100.json"
 _HOST = ("host_layer", "host_stage", "host_expert", "host_overlap")
 
 
@@ -108,6 +110,10 @@ SLICES: Sequence[Observation] = (
 )
 
 
+HOST_EXPERT_OF_TORCH = "host_expert of torch"
+_MICROBATCHES = {"passes": 32, "step": 4}
+
+
 def _ours(
     quantity: str,
     measured: float | None,
@@ -116,7 +122,7 @@ def _ours(
     machine: str = "h100",
     attention: Attention = SDPA,
     recompute: str = "none",
-    calibrated: tuple[str, ...] = (),
+    source: str = "python -m benchmarks.planner_calibration",
 ) -> Observation:
     word = "MuonClip" if optimizer == "muon" else "AdamW"
     name = (
@@ -127,22 +133,28 @@ def _ours(
         *(4, 2),
         machine=machine,
         implementation=dataclasses.replace(TORCH, attention=attention),
-        microbatches=32 if quantity == "passes" else 1,
+        microbatches=_MICROBATCHES.get(quantity, 1),
         recompute=recompute,
     )
-    source = _CARD if measured is not None else "python -m benchmarks.planner_calibration"
+    is_fitted = measured is not None and quantity in _MICROBATCHES
+    calibrated = (HOST_EXPERT_OF_TORCH,) if is_fitted else ()
     return Observation(name, quantity, measured, source, job, optimizer, calibrated=calibrated)
 
 
 OURS: Sequence[Observation] = (
-    _ours("peak memory", 45.43, "muon"),
-    _ours("peak memory", 52.83, "adamw"),
-    _ours("passes", 14.34, "muon", calibrated=("host_expert of torch",)),
-    _ours("passes", 16.25, "adamw", calibrated=("host_expert of torch",)),
+    _ours("peak memory", 45.43, "muon", source=_PASSES_CARD),
+    _ours("peak memory", 52.83, "adamw", source=_PASSES_CARD),
+    _ours("passes", 14.34, "muon", source=_PASSES_CARD),
+    _ours("passes", 16.25, "adamw", source=_PASSES_CARD),
+    *(
+        _ours(quantity, value, "muon", attention=CSRC, recompute=recompute, source=_STEP_CARD)
+        for recompute, memory, step in (("none", 45.43, 1.648), ("full", 40.82, 2.137))
+        for quantity, value in (("peak memory", memory), ("step", step))
+    ),
     *(
         _ours(quantity, None, "muon", machine="h200", attention=CSRC, recompute=recompute)
         for recompute in ("none", "full")
-        for quantity in ("peak memory", "passes")
+        for quantity in ("peak memory", "step")
     ),
 )
 

@@ -117,6 +117,7 @@ UNITS = {
     "peak memory": "GiB",
     "activations": "GiB",
     "passes": "s",
+    "step": "s",
     "throughput": "TFLOP/s",
 }
 
