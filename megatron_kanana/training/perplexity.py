@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_kanana.data.held_out import HeldOutText
 from megatron_kanana.data.mixed import document_segments
+from megatron_kanana.kernels.attention import documents_of
 
 from .evaluation import evaluation_mode
 from .run import Model
@@ -133,11 +134,13 @@ def _batches(model: Model, text: HeldOutText) -> Iterator[tuple[torch.Tensor, to
 
 def _forward_step(end_of_document: int | None, iterator: Iterator[Any], chunk: Any) -> Any:
     tokens_BS, lengths_B = next(iterator)
-    segments_BS = None if end_of_document is None else document_segments(tokens_BS, end_of_document)
+    documents_2BS = None
+    if end_of_document is not None:
+        documents_2BS = documents_of(document_segments(tokens_BS, end_of_document))
     positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
     labels_BS = tokens_BS.roll(-1, dims=1)
     counts_BS = positions_S < (lengths_B - 1)[:, None]
-    losses_BS = chunk(tokens_BS, positions_S.expand_as(tokens_BS), segments_BS, labels=labels_BS)
+    losses_BS = chunk(tokens_BS, positions_S.expand_as(tokens_BS), documents_2BS, labels=labels_BS)
 
     def summed(losses_BS: torch.Tensor, *, non_loss_data: bool) -> torch.Tensor:
         return torch.where(counts_BS, losses_BS.double(), 0.0).sum()
