@@ -250,7 +250,7 @@ def test_the_pre_training_learns_and_goes_over_both_switches_in_one_run(tiny: Ti
 
 def test_mid_training_learns_to_reason_and_the_context_grows_by_yarn(tiny: TinyRun) -> None:
     evaluations = tiny.evaluations("kanana_2_155b_midtraining")
-    assert evaluations[-1]["evaluation_loss"] < 0.8 * evaluations[0]["evaluation_loss"] < 1.0
+    assert evaluations[-1]["evaluation_loss"] < 0.85 * evaluations[0]["evaluation_loss"] < 1.0
     (checkpoint,) = (tiny.runs / "kanana_2_155b_long_context" / "checkpoints").iterdir()
     settings = read_settings(checkpoint)
     assert (settings["model"]["yarn_factor"], settings["data"]["sequence_length"]) == (4.0, 1024)
