@@ -63,7 +63,7 @@ __device__ __forceinline__ void hide(float (&scores)[kCount], int first, Run upp
 }
 
 // Where a lane's row of part `i` lies, 16 columns of 64 rows of a warpgroup, in swizzled chunks of
-// 64 columns: as store_matrices and load_matrices ask for.
+// 64 columns: as store_matrices asks for.
 __device__ __forceinline__ uint32_t part_address(uint32_t tile, int i) {
   const int lane = threadIdx.x % kWarp;
   const int row = threadIdx.x % kWarpgroup / kWarp * 16 + lane % 16;
@@ -81,14 +81,13 @@ __device__ __forceinline__ void stage_tile(uint32_t tile, const uint32_t (&packe
   }
 }
 
-// The same of an accumulator, the upper and lower rows of each thread times a factor.
+// The same of an accumulator, times a factor.
 template <int kCount>
 __device__ __forceinline__ void stage_rows(uint32_t address, const float (&values)[kCount],
-                                           float upper, float lower) {
+                                           float factor) {
   uint32_t packed[kCount / 8][4];
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
-    const float factor = i / 2 % 2 == 0 ? upper : lower;
     packed[i / 8][i / 2 % 4] = pack_bf16(values[i] * factor, values[i + 1] * factor);
   }
   stage_tile(address, packed);

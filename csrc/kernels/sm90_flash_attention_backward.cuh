@@ -223,9 +223,8 @@ __device__ void multiply_backward(const BackwardArguments& arguments, const Back
   named_sync(kAllGradQuery, 2 * kWarpgroup);  // the keys' place is free
   uint8_t* staged_key = shared.key + half * 64 * kWidth * 2;
   uint8_t* staged_value = shared.value + half * 64 * kValueWidth * 2;
-  stage_rows(shared_address(staged_key), grad_key, arguments.softmax_scale,
-             arguments.softmax_scale);
-  stage_rows(shared_address(staged_value), grad_value, 1.0f, 1.0f);
+  stage_rows(shared_address(staged_key), grad_key, arguments.softmax_scale);
+  stage_rows(shared_address(staged_value), grad_value, 1.0f);
   fence_shared_for_async();
   named_sync(kGradScoresFree + half, kWarpgroup);
   if (thread == 0) {
