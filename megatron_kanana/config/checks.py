@@ -13,6 +13,7 @@ from .check_cluster import check_cluster
 from .check_files import check_checkpoint, check_data
 from .check_kernels import check_kernels
 from .check_layout import check_model, check_sharding, check_world
+from .check_moe_kernels import check_moe_kernels
 from .check_order import check_growing_tokens
 from .check_watchdog import check_watchdog
 from .environment import (
@@ -39,6 +40,7 @@ def check(
         check_versions,
         check_device,
         check_kernels,
+        check_moe_kernels,
         check_model,
         check_sharding,
         check_world,

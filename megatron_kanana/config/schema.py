@@ -320,8 +320,13 @@ class KernelSettings:
 
     backend: str = setting(
         "auto",
-        help="auto takes the fastest that works here and logs why",
+        help="of attention; auto takes the fastest that works here and logs why",
         choices=("auto", "csrc", "cudnn", "te", "sdpa", "torch"),
+    )
+    moe_backend: str = setting(
+        "auto",
+        help="the same for routing and experts",
+        choices=("auto", "csrc", "torch"),
     )
     deterministic: bool = setting(
         False,

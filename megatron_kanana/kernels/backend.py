@@ -9,7 +9,7 @@ import torch
 
 from megatron_kanana.native_library import HOPPER_ATTENTION_WIDTHS
 
-from .native import has_attention_for, native_library_error
+from .native import has_operation_for, native_library_error
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,6 @@ def _csrc_error(device_type: str, dtype: torch.dtype, widths: tuple[int, int]) -
             return f"the CUDA kernels compute in bfloat16, not {dtype}"
         if widths not in HOPPER_ATTENTION_WIDTHS:
             return f"the CUDA kernels have no widths {widths}"
-    if not has_attention_for(device_type.upper()):
+    if not has_operation_for("flash_attention_forward", device_type.upper()):
         return f"the compiled operations have no attention for {device_type} (build them again)"
     return None

@@ -21,19 +21,21 @@ def native_library_error() -> str | None:
     return None
 
 
-def load_native_operations() -> None:
+def load_native_operations(setting: str = "kernels.backend") -> None:
     """Load the compiled operations.
+
+    Args:
+        setting: the setting that asked for them.
 
     Raises:
         RuntimeError: they cannot be used.
     """
     if (error := native_library_error()) is not None:
-        raise RuntimeError(f"kernels.backend = csrc: {error}; or set kernels.backend=auto")
+        raise RuntimeError(f"{setting} = csrc: {error}; or set {setting}=auto")
 
 
-def has_attention_for(dispatch_key: str) -> bool:
-    """Whether the loaded library holds flash attention for 'CPU' or 'CUDA'."""
-    operation = "flash_attention_forward"
+def has_operation_for(operation: str, dispatch_key: str) -> bool:
+    """Whether the loaded library holds the operation for 'CPU' or 'CUDA'."""
     return hasattr(torch.ops.megatron_kanana, operation) and bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(
             f"megatron_kanana::{operation}", dispatch_key

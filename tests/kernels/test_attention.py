@@ -327,7 +327,7 @@ def test_auto_takes_the_compiled_operations_where_they_run(
     assert choice("torch", "cpu") == "torch"
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(f"{backend}.has_attention_for", lambda _: True)
+    monkeypatch.setattr(f"{backend}.has_operation_for", lambda *_: True)
     assert choice("auto", "cuda") == "csrc"
     assert choice("auto", "cuda", widths=(24, 16)) == "sdpa"
     assert choice("auto", "cuda", dtype=torch.float32) == "sdpa"
@@ -349,7 +349,7 @@ def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch: pytest.Monkey
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     with pytest.raises(RuntimeError, match=r"kernels.backend = csrc: .* no widths \(24, 16\)"):
         choice("csrc", "cuda", widths=(24, 16))
-    monkeypatch.setattr(f"{backend}.has_attention_for", lambda _: False)
+    monkeypatch.setattr(f"{backend}.has_operation_for", lambda *_: False)
     with pytest.raises(RuntimeError, match=r"kernels.backend = csrc: .*build them again"):
         choice("csrc", "cuda")
     with pytest.raises(RuntimeError, match=r"pip .* 'nvidia-cudnn-frontend\[cutedsl\]'"):

@@ -108,6 +108,27 @@ LAUNCH = {
         "pip install --no-build-isolation -e .",
         Environment(has_native_library=False),
     ),
+    "compiled experts that were not built": Bad(
+        ("kernels.moe_backend=csrc",),
+        "kernels.moe_backend",
+        "csrc",
+        "pip install --no-build-isolation -e .",
+        Environment(has_native_library=False),
+    ),
+    "compiled experts in fp32 on a GPU": Bad(
+        ("kernels.moe_backend=csrc", "precision.compute=fp32"),
+        "kernels.moe_backend",
+        "csrc",
+        "set precision.compute=bf16",
+        CUDA_MACHINE,
+    ),
+    "compiled experts of a width that a GPU does not take": Bad(
+        ("kernels.moe_backend=csrc", "model.moe_ffn_hidden_size=96"),
+        "kernels.moe_backend",
+        "csrc",
+        "choose torch or auto",
+        CUDA_MACHINE,
+    ),
     "unknown cluster": Bad(("cluster=pbs",), "cluster", "pbs", "h200_slurm or local or slurm"),
     "several nodes of this machine": Bad(
         ("cluster.nodes=2",), "cluster.nodes", "2", "choose cluster=slurm"
