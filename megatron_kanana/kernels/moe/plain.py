@@ -50,7 +50,8 @@ def _within_best_groups(
     worth_TG = choice_TGX.topk(min(2, choice_TGX.shape[2])).values.sum(2)
     kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
     kept_TG.scatter_(1, _best(worth_TG, groups_per_token), True)
-    return choice_TGX.masked_fill(~kept_TG[:, :, None], float("-inf")).flatten(1)
+    kept_TX = kept_TG.repeat_interleave(choice_TGX.shape[2], dim=1)
+    return choice_TX.masked_fill(~kept_TX, float("-inf"))
 
 
 def count_tokens(
