@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the target's registers, and what attention computes with them.
+// Vectors of floats as wide as the target's registers, and what is computed with them.
 // Included once for each target, by a file that has chosen it with a pragma and defines
 // - MEGATRON_KANANA_CPU_TARGET, a namespace for all that depends on the target;
 // - MEGATRON_KANANA_VECTOR, floats in a register, and MEGATRON_KANANA_ROWS, rows of a block of sums
@@ -33,6 +33,10 @@ MEGATRON_KANANA_INLINE void store(float* data, Floats vector) {
   __builtin_memcpy(data, &vector, sizeof(vector));
 }
 
+MEGATRON_KANANA_INLINE void store(int32_t* data, Ints vector) {
+  __builtin_memcpy(data, &vector, sizeof(vector));
+}
+
 MEGATRON_KANANA_INLINE Floats broadcast(float value) { return Floats{} + value; }
 
 // The second operand where the first is NaN.
@@ -58,6 +62,12 @@ MEGATRON_KANANA_INLINE Floats exponential(Floats x) {
   p = p * r + 1.0f;
   const Floats power = (Floats)(((Ints)shifted + 127) << 23);
   return x < -87.0f ? Floats{} : p * power;
+}
+
+// 1 / (1 + exp(-x)), at least 1e-38; NaN for NaN.
+MEGATRON_KANANA_INLINE Floats sigmoid(Floats x) {
+  const Floats bounded = x < -87.0f ? broadcast(-87.0f) : x;
+  return 1.0f / (1.0f + exponential(-bounded));
 }
 
 template <int... kIndex>

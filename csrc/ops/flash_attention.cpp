@@ -5,13 +5,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <string>
 #include <tuple>
 
 #include "flash_attention_checks.h"
+#include "pieces.h"
 
 namespace megatron_kanana {
 namespace {
@@ -57,21 +56,6 @@ StridedTensor strided(const at::Tensor& tensor) {
           tensor.stride(1),
           tensor.stride(2),
           tensor.size(3)};
-}
-
-// Calls work(piece, scratch) for every piece, each thread taking the next one when it is done with
-// its last: pieces differ in work.
-template <class Work>
-void for_each_piece(int64_t pieces, int64_t scratch_floats, const Work& work) {
-  const int64_t threads = std::min<int64_t>(pieces, at::get_num_threads());
-  at::Tensor scratch = at::empty({threads, scratch_floats}, at::kFloat);
-  float* const scratch_data = scratch.mutable_data_ptr<float>();
-  std::atomic<int64_t> next = 0;
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    for (int64_t piece = next++; piece < pieces; piece = next++) {
-      work(piece, scratch_data + begin * scratch_floats);
-    }
-  });
 }
 
 // max_logits[n] = max(max_logits[n], maxima[:, n, :]), NaN above all as in torch.

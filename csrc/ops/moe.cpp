@@ -1,9 +1,264 @@
-// torch.library schemas of the mixture of experts: routing, permutation and experts.
+// torch.library schemas of the mixture of experts, and its implementation on a CPU by csrc/cpu.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <optional>
+#include <tuple>
+
+#include "../cpu/moe_experts.h"
+#include "../cpu/moe_routing.h"
 #include "moe_checks.h"
+#include "pieces.h"
 
 namespace megatron_kanana {
+namespace {
+
+// Numbers outside of [least, end) would be read or written outside of memory.
+void check_numbers(const at::Tensor& tensor, const char* name, int64_t least, int64_t end) {
+  const int32_t* const numbers = tensor.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    TORCH_CHECK(numbers[i] >= least && numbers[i] < end, name, " must have numbers from ", least,
+                " to ", end - 1, ", got ", numbers[i], " at place ", i);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> moe_route(const at::Tensor& logits,
+                                             const std::optional<at::Tensor>& expert_bias,
+                                             int64_t num_experts_per_token, int64_t num_groups,
+                                             int64_t groups_per_token, double scaling_factor) {
+  const RouteSizes sizes = check_route(logits, expert_bias, num_experts_per_token, num_groups,
+                                       groups_per_token, scaling_factor);
+  const cpu::RoutingProblem problem = {sizes.tokens,     sizes.experts,
+                                       sizes.slots,      num_groups,
+                                       groups_per_token, static_cast<float>(scaling_factor)};
+  at::Tensor weights = at::empty({sizes.tokens, sizes.slots}, logits.options());
+  at::Tensor chosen = at::empty({sizes.tokens, sizes.slots}, logits.options().dtype(at::kInt));
+  const float* const bias = expert_bias ? expert_bias->const_data_ptr<float>() : nullptr;
+  for_each_piece(problem.pieces(), cpu::routing_scratch(problem),
+                 [&](int64_t piece, float* scratch) {
+                   cpu::route_piece(problem, logits.const_data_ptr<float>(), bias,
+                                    weights.mutable_data_ptr<float>(),
+                                    chosen.mutable_data_ptr<int32_t>(), piece, scratch);
+                 });
+  return {weights, chosen};
+}
+
+at::Tensor moe_route_backward(const at::Tensor& grad_weights, const at::Tensor& logits,
+                              const at::Tensor& chosen, double scaling_factor) {
+  const RouteSizes sizes = check_route_backward(grad_weights, logits, chosen, scaling_factor);
+  check_numbers(chosen, "experts", 0, sizes.experts);
+  const cpu::RoutingProblem problem = {
+      sizes.tokens, sizes.experts, sizes.slots, 1, 1, static_cast<float>(scaling_factor)};
+  at::Tensor grad_logits = at::empty(logits.sizes(), logits.options());
+  for_each_piece(
+      problem.pieces(), cpu::routing_scratch(problem), [&](int64_t piece, float* scratch) {
+        cpu::route_backward_piece(problem, grad_weights.const_data_ptr<float>(),
+                                  logits.const_data_ptr<float>(), chosen.const_data_ptr<int32_t>(),
+                                  grad_logits.mutable_data_ptr<float>(), piece, scratch);
+      });
+  return grad_logits;
+}
+
+void moe_count(const at::Tensor& chosen, const std::optional<at::Tensor>& padding,
+               const at::Tensor& counts) {
+  const RouteSizes sizes = check_count(chosen, padding, counts);
+  check_numbers(chosen, "experts", 0, sizes.experts);
+  cpu::count_tokens(chosen.const_data_ptr<int32_t>(), sizes.tokens, sizes.slots,
+                    padding ? padding->const_data_ptr<bool>() : nullptr, sizes.experts,
+                    counts.mutable_data_ptr<float>());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_permutation(const at::Tensor& chosen,
+                                                               int64_t num_experts,
+                                                               int64_t num_rows) {
+  const RouteSizes sizes = check_permutation(chosen, num_experts, num_rows);
+  check_numbers(chosen, "experts", -1, num_experts);
+  const int32_t* const numbers = chosen.const_data_ptr<int32_t>();
+  const int64_t elsewhere = std::count(numbers, numbers + chosen.numel(), -1);
+  TORCH_CHECK(num_rows == chosen.numel() - elsewhere,
+              "num_rows must be the number of slots that are not -1, ", chosen.numel() - elsewhere,
+              ", got ", num_rows);
+  at::Tensor offsets = at::empty({num_experts + 1}, chosen.options());
+  at::Tensor slot_of_row = at::empty({num_rows}, chosen.options());
+  at::Tensor row_of_slot = at::empty({sizes.tokens, sizes.slots}, chosen.options());
+  cpu::permute(numbers, chosen.numel(), num_experts, offsets.mutable_data_ptr<int32_t>(),
+               slot_of_row.mutable_data_ptr<int32_t>(), row_of_slot.mutable_data_ptr<int32_t>());
+  return {offsets, slot_of_row, row_of_slot};
+}
+
+void check_permutation_numbers(const ExpertsSizes& sizes, const at::Tensor& offsets,
+                               const at::Tensor& slot_of_row, const at::Tensor& row_of_slot) {
+  const int32_t* const begins = offsets.const_data_ptr<int32_t>();
+  for (int64_t expert = 0; expert < sizes.experts; ++expert) {
+    TORCH_CHECK(begins[expert] <= begins[expert + 1], "offsets must not fall, got ",
+                begins[expert + 1], " after ", begins[expert]);
+  }
+  TORCH_CHECK(begins[0] == 0 && begins[sizes.experts] == sizes.rows, "offsets must go from 0 to ",
+              sizes.rows, ", got ", begins[0], " and ", begins[sizes.experts]);
+  check_numbers(slot_of_row, "slot_of_row", 0, sizes.tokens * sizes.slots);
+  check_numbers(row_of_slot, "row_of_slot", -1, sizes.rows);
+}
+
+cpu::Dtype dtype_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat ? cpu::Dtype::kFloat32 : cpu::Dtype::kBfloat16;
+}
+
+at::Tensor empty_rows(int64_t rows, int64_t stride) {
+  return at::empty({rows, stride}, at::kFloat);
+}
+
+// What both networks compute, with an empty list of slots where every token visits the one expert.
+struct ExpertsArguments {
+  cpu::ExpertsProblem problem;
+  cpu::RowLayout layout;
+  cpu::ExpertWeights expert_weights;
+};
+
+at::Tensor packed(const ExpertsArguments& arguments, bool transposed) {
+  const cpu::ExpertsProblem& problem = arguments.problem;
+  cpu::Panels panels = {nullptr, transposed};
+  at::Tensor data = at::empty({problem.experts, panels.floats_of_expert(problem)}, at::kFloat);
+  panels.data = data.mutable_data_ptr<float>();
+  for_each_piece(cpu::pack_pieces(problem, arguments.layout), 0, [&](int64_t piece, float*) {
+    cpu::pack_piece(problem, arguments.layout, arguments.expert_weights, panels, piece);
+  });
+  return data;
+}
+
+void combine(const ExpertsArguments& arguments, const at::Tensor& rows, const float* weights,
+             const at::Tensor& out) {
+  for_each_piece(cpu::combine_pieces(arguments.problem), cpu::experts_scratch(arguments.problem),
+                 [&](int64_t piece, float* scratch) {
+                   cpu::combine_piece(arguments.problem, arguments.layout,
+                                      rows.const_data_ptr<float>(), weights, out.mutable_data_ptr(),
+                                      piece, scratch);
+                 });
+}
+
+std::tuple<at::Tensor, at::Tensor> forward(const ExpertsArguments& arguments, int64_t rows,
+                                           const at::Tensor& hidden_states, const float* weights) {
+  const auto& [problem, layout, expert_weights] = arguments;
+  at::Tensor out = at::empty(hidden_states.sizes(), hidden_states.options());
+  at::Tensor pre_activation = at::empty({rows, 2 * problem.width}, hidden_states.options());
+  const at::Tensor panels = packed(arguments, true);
+  const at::Tensor out_rows = empty_rows(layout.padded_rows, problem.hidden_stride());
+  const cpu::ForwardRows forward_rows = {hidden_states.const_data_ptr(),
+                                         pre_activation.mutable_data_ptr(),
+                                         out_rows.mutable_data_ptr<float>()};
+  for_each_piece(static_cast<int64_t>(layout.blocks.size()), cpu::experts_scratch(problem),
+                 [&](int64_t piece, float* scratch) {
+                   cpu::experts_forward_block(problem, layout.blocks[piece],
+                                              {panels.mutable_data_ptr<float>(), true},
+                                              forward_rows, scratch);
+                 });
+  combine(arguments, out_rows, weights, out);
+  return {out, pre_activation};
+}
+
+at::Tensor backward(const ExpertsArguments& arguments, const at::Tensor& grad_out,
+                    const at::Tensor& hidden_states, const at::Tensor& pre_activation,
+                    const float* weights, float* grad_weights, const at::Tensor& grad_gate_up,
+                    const at::Tensor& grad_down) {
+  const auto& [problem, layout, expert_weights] = arguments;
+  const at::Tensor panels = packed(arguments, false);
+  const int64_t rows = layout.padded_rows;
+  const at::Tensor grad_out_rows = empty_rows(rows, problem.hidden_stride());
+  const at::Tensor hidden_rows = empty_rows(rows, problem.hidden_stride());
+  const at::Tensor grad_pre_rows = empty_rows(rows, problem.gate_up_stride());
+  const at::Tensor activation_rows = empty_rows(rows, problem.width_stride());
+  const at::Tensor grad_hidden_rows = empty_rows(rows, problem.hidden_stride());
+  const cpu::BackwardRows backward_rows = {grad_out.const_data_ptr(),
+                                           hidden_states.const_data_ptr(),
+                                           pre_activation.const_data_ptr(),
+                                           weights,
+                                           grad_weights,
+                                           grad_out_rows.mutable_data_ptr<float>(),
+                                           hidden_rows.mutable_data_ptr<float>(),
+                                           grad_pre_rows.mutable_data_ptr<float>(),
+                                           activation_rows.mutable_data_ptr<float>(),
+                                           grad_hidden_rows.mutable_data_ptr<float>()};
+  const int64_t scratch_floats = cpu::experts_scratch(problem);
+  for_each_piece(static_cast<int64_t>(layout.blocks.size()), scratch_floats,
+                 [&](int64_t piece, float* scratch) {
+                   cpu::experts_backward_block(problem, layout.blocks[piece],
+                                               {panels.mutable_data_ptr<float>(), false},
+                                               backward_rows, scratch);
+                 });
+  const cpu::WeightGradients gradients = {grad_gate_up.mutable_data_ptr<float>(),
+                                          grad_down.mutable_data_ptr<float>()};
+  for_each_piece(cpu::weight_gradient_pieces(problem, layout), scratch_floats,
+                 [&](int64_t piece, float* scratch) {
+                   cpu::weight_gradient_piece(problem, layout, backward_rows, gradients, piece,
+                                              scratch);
+                 });
+  at::Tensor grad_hidden_states = at::empty(hidden_states.sizes(), hidden_states.options());
+  combine(arguments, grad_hidden_rows, nullptr, grad_hidden_states);
+  return grad_hidden_states;
+}
+
+ExpertsArguments routed_arguments(const ExpertsSizes& sizes, const at::Tensor& offsets,
+                                  const at::Tensor& slot_of_row, const at::Tensor& row_of_slot,
+                                  const at::Tensor& gate_up, const at::Tensor& down) {
+  check_permutation_numbers(sizes, offsets, slot_of_row, row_of_slot);
+  return {{sizes.tokens, sizes.slots, sizes.experts, sizes.hidden, sizes.width, dtype_of(down),
+           slot_of_row.const_data_ptr<int32_t>(), row_of_slot.const_data_ptr<int32_t>()},
+          cpu::RowLayout(offsets.const_data_ptr<int32_t>(), sizes.experts),
+          {gate_up.const_data_ptr(), down.const_data_ptr()}};
+}
+
+std::tuple<at::Tensor, at::Tensor> moe_experts_forward(
+    const at::Tensor& hidden_states, const at::Tensor& weights, const at::Tensor& offsets,
+    const at::Tensor& slot_of_row, const at::Tensor& row_of_slot, const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  const ExpertsSizes sizes = check_experts_forward(hidden_states, weights, offsets, slot_of_row,
+                                                   row_of_slot, gate_up, down);
+  return forward(routed_arguments(sizes, offsets, slot_of_row, row_of_slot, gate_up, down),
+                 sizes.rows, hidden_states, weights.const_data_ptr<float>());
+}
+
+std::tuple<at::Tensor, at::Tensor> moe_experts_backward(
+    const at::Tensor& grad_out, const at::Tensor& hidden_states, const at::Tensor& weights,
+    const at::Tensor& offsets, const at::Tensor& slot_of_row, const at::Tensor& row_of_slot,
+    const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& pre_activation,
+    const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
+  const ExpertsSizes sizes =
+      check_experts_backward(grad_out, hidden_states, weights, offsets, slot_of_row, row_of_slot,
+                             gate_up, down, pre_activation, grad_gate_up, grad_down);
+  const auto arguments = routed_arguments(sizes, offsets, slot_of_row, row_of_slot, gate_up, down);
+  at::Tensor grad_weights = at::zeros(weights.sizes(), weights.options());
+  at::Tensor grad_hidden_states =
+      backward(arguments, grad_out, hidden_states, pre_activation, weights.const_data_ptr<float>(),
+               grad_weights.mutable_data_ptr<float>(), grad_gate_up, grad_down);
+  return {grad_hidden_states, grad_weights};
+}
+
+ExpertsArguments dense_arguments(const GatedMlpSizes& sizes, const at::Tensor& gate_up,
+                                 const at::Tensor& down) {
+  const int32_t offsets[] = {0, static_cast<int32_t>(sizes.tokens)};
+  return {{sizes.tokens, 1, 1, sizes.hidden, sizes.width, dtype_of(down), nullptr, nullptr},
+          cpu::RowLayout(offsets, 1),
+          {gate_up.const_data_ptr(), down.const_data_ptr()}};
+}
+
+std::tuple<at::Tensor, at::Tensor> gated_mlp_forward(const at::Tensor& hidden_states,
+                                                     const at::Tensor& gate_up,
+                                                     const at::Tensor& down) {
+  const GatedMlpSizes sizes = check_gated_mlp_forward(hidden_states, gate_up, down);
+  return forward(dense_arguments(sizes, gate_up, down), sizes.tokens, hidden_states, nullptr);
+}
+
+at::Tensor gated_mlp_backward(const at::Tensor& grad_out, const at::Tensor& hidden_states,
+                              const at::Tensor& gate_up, const at::Tensor& down,
+                              const at::Tensor& pre_activation, const at::Tensor& grad_gate_up,
+                              const at::Tensor& grad_down) {
+  const GatedMlpSizes sizes = check_gated_mlp_backward(grad_out, hidden_states, gate_up, down,
+                                                       pre_activation, grad_gate_up, grad_down);
+  return backward(dense_arguments(sizes, gate_up, down), grad_out, hidden_states, pre_activation,
+                  nullptr, nullptr, grad_gate_up, grad_down);
+}
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
   library.def(
@@ -32,6 +287,17 @@ TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
       "gated_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor gate_up, Tensor down, "
       "Tensor pre_activation, Tensor(a!) grad_gate_up, Tensor(b!) grad_down) "
       "-> Tensor grad_hidden_states");
+}
+
+TORCH_LIBRARY_IMPL(megatron_kanana, CPU, library) {
+  library.impl("moe_route", moe_route);
+  library.impl("moe_route_backward", moe_route_backward);
+  library.impl("moe_count", moe_count);
+  library.impl("moe_permutation", moe_permutation);
+  library.impl("moe_experts_forward", moe_experts_forward);
+  library.impl("moe_experts_backward", moe_experts_backward);
+  library.impl("gated_mlp_forward", gated_mlp_forward);
+  library.impl("gated_mlp_backward", gated_mlp_backward);
 }
 
 }  // namespace megatron_kanana

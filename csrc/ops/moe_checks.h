@@ -95,6 +95,8 @@ inline RouteSizes check_route_backward(const at::Tensor& grad_weights, const at:
   check_moe_dimensions(chosen, "experts", 2, "[tokens, experts a token]");
   const int64_t tokens = logits.size(0), slots = chosen.size(1);
   check_moe_slots(tokens, slots);
+  TORCH_CHECK(slots <= logits.size(1), "experts must have at most the ", logits.size(1),
+              " experts of logits, got ", slots, " a token");
   check_moe_tensor(logits, "logits", logits.sizes(), at::kFloat, logits, "logits");
   check_moe_tensor(chosen, "experts", {tokens, slots}, at::kInt, logits, "logits");
   check_moe_tensor(grad_weights, "grad_weights", {tokens, slots}, at::kFloat, logits, "logits");
@@ -192,6 +194,7 @@ inline GatedMlpSizes check_gated_mlp_forward(const at::Tensor& hidden_states,
   const at::ScalarType dtype = check_hidden_states(hidden_states);
   check_moe_dimensions(down, "down", 2, "[hidden size, width]");
   const GatedMlpSizes sizes = {hidden_states.size(0), hidden_states.size(1), down.size(1)};
+  check_moe_slots(sizes.tokens, 1);
   check_moe_tensor(down, "down", {sizes.hidden, sizes.width}, dtype, hidden_states,
                    "hidden_states");
   check_moe_tensor(gate_up, "gate_up", {2 * sizes.width, sizes.hidden}, dtype, hidden_states,

@@ -103,7 +103,7 @@ def routed_experts(
     ]
     wide = torch.promote_types(hidden_states_TD.dtype, torch.float32)
     slots_SD = torch.zeros_like(slots_SD).index_copy(0, slot_of_row_M, torch.cat(outputs))
-    slots_TKD = slots_SD.view(tokens, slots, -1).to(wide)
+    slots_TKD = slots_SD.unflatten(0, (tokens, slots)).to(wide)
     return (slots_TKD * weights_TK[:, :, None]).sum(1).to(hidden_states_TD.dtype)
 
 
