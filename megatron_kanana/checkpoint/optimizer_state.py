@@ -8,9 +8,8 @@ rates and other hyperparameters come from the settings of the run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_kanana.config import ConfigurationError
 from megatron_kanana.config.problems import Problem
+from megatron_kanana.model.matrix_stack import MatrixStack, Sharded, described_as
 from megatron_kanana.optimizer.whole_state import (
     FP32_WEIGHT,
     Entry,
@@ -26,8 +26,6 @@ from megatron_kanana.optimizer.whole_state import (
     owned_entries,
     scatter_state,
 )
-
-Sharded: TypeAlias = "ShardedTensor | ShardedTensorFactory"
 
 
 def to_save(optimizer: Any, model: Mapping[str, Any]) -> dict[Entry, Sharded]:
@@ -64,7 +62,7 @@ def describe(
     """Whole tensors as the parts of a checkpoint that this process saves.
 
     Args:
-        tensors: one a parameter, in its shape.
+        tensors: one a parameter, in its shape; of a stack of matrices, one a matrix.
         parameters: the parameter that each belongs to.
         model: sharded state dicts of the model chunks.
     """
@@ -79,7 +77,10 @@ def places(
     parameters: Mapping[Entry, torch.nn.Parameter], model: Mapping[str, Any]
 ) -> dict[Entry, Sharded]:
     """Places on the CPU for such parts, to load into."""
-    empty = {entry: torch.empty(parameter.shape) for entry, parameter in parameters.items()}
+    empty = {
+        entry: torch.empty(parameter.shape[0 if entry.matrix is None else 1 :])
+        for entry, parameter in parameters.items()
+    }
     return describe(empty, parameters, model)
 
 
@@ -132,12 +133,10 @@ def _by_parameter(model: Mapping[str, Any]) -> dict[torch.Tensor, Sharded]:
 
 def _sharded(entry: Entry, tensor: torch.Tensor, weight: Sharded) -> Sharded:
     """`tensor` described as the part of a whole one that the model's weight is."""
-    changes: dict[str, Any] = {
-        "key": key(entry.state, weight.key),
-        "data": tensor,
-        # Of the data-parallel processes only the owner describes it.
-        "replica_id": (*weight.replica_id[:2], 0),
-    }
-    if isinstance(weight, ShardedTensor):
-        changes["dtype"] = tensor.dtype
-    return replace(weight, **changes)
+    form = weight
+    if entry.matrix is not None:
+        assert isinstance(weight, MatrixStack)
+        form = weight.matrices[entry.matrix]
+    # Of the data-parallel processes only the owner describes it.
+    replica_id = (*weight.replica_id[:2], 0)
+    return described_as(form, tensor, key=key(entry.state, weight.key), replica_id=replica_id)

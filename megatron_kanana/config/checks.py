@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from .check_cluster import check_cluster
+from .check_dispatcher import check_dispatcher
 from .check_files import check_checkpoint, check_data
 from .check_kernels import check_kernels
 from .check_layout import check_model, check_sharding, check_world
@@ -43,6 +44,7 @@ def check(
         check_moe_kernels,
         check_model,
         check_sharding,
+        check_dispatcher,
         check_world,
         check_schedule,
         check_optimizer,

@@ -26,6 +26,7 @@ class Environment:
         has_native_library: whether the compiled operations of csrc/ were built.
         has_cudnn_frontend: whether the package nvidia-cudnn-frontend is installed.
         has_transformer_engine: whether the package transformer-engine is installed.
+        has_deep_ep: whether the package deep_ep is installed.
     """
 
     world_size: int = 1
@@ -36,6 +37,7 @@ class Environment:
     has_native_library: bool = True
     has_cudnn_frontend: bool = True
     has_transformer_engine: bool = True
+    has_deep_ep: bool = True
 
     @property
     def has_cuda(self) -> bool:
@@ -60,6 +62,7 @@ def detect_environment() -> Environment:
         has_native_library=NATIVE_LIBRARY.is_file(),
         has_cudnn_frontend=importlib.util.find_spec("cudnn") is not None,
         has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        has_deep_ep=importlib.util.find_spec("deep_ep") is not None,
     )
 
 

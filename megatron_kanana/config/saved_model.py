@@ -19,6 +19,7 @@ ONE_PROCESS = (
     "parallel.embeddings_count_as_layers=false",
     "parallel.expert_parallel_size=1",
     "parallel.expert_tensor_parallel_size=1",
+    "parallel.token_dispatcher=alltoall",
 )
 
 

@@ -128,7 +128,10 @@ class ParallelSettings:
         1, help="processes one expert is split over", minimum=1
     )
     token_dispatcher: str = setting(
-        "alltoall", help="how tokens reach their experts", choices=("alltoall", "allgather")
+        "alltoall",
+        help="how tokens reach their experts on other processes: by this project, or by DeepEP's"
+        " kernels for CUDA where they are installed",
+        choices=("alltoall", "deepep"),
     )
     overlap_gradient_reduction: bool = setting(
         False, help="reduce gradients while the backward pass goes on"

@@ -174,29 +174,11 @@ def _random_state() -> None:
     megatron_random.CudaRNGStatesTracker = CpuRNGStatesTracker
 
 
-def _split_sizes_as_arrays() -> None:
-    from megatron.core.transformer.moe import token_dispatcher
-
-    def maybe_move_tensor_to_cpu(
-        tensor: Any, as_numpy: bool = False, record_stream: bool = False
-    ) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
-
-
 def _mla_transformer_engine_flag() -> None:
     from megatron.core.transformer import multi_latent_attention
 
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.HAVE_TE = False
-
-
-def _router_gemm() -> None:
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
 
 
 def _weights_only() -> None:
@@ -233,7 +215,7 @@ CPU_PATCHES = (
     ),
     Patch(
         "streams",
-        "the all-to-all dispatcher and overlapped reductions create CUDA streams",
+        "overlapped reductions create CUDA streams",
         _streams,
     ),
     Patch(
@@ -256,11 +238,6 @@ CPU_PATCHES = (
         "the RNG tracker saves and restores CUDA generators, and warns when the CPU's moves",
         _random_state,
     ),
-    Patch(
-        "split_sizes_as_arrays",
-        "all-to-all split sizes are turned into arrays only when they are CUDA tensors",
-        _split_sizes_as_arrays,
-    ),
 )
 
 NO_TRANSFORMER_ENGINE_PATCHES = (
@@ -268,11 +245,6 @@ NO_TRANSFORMER_ENGINE_PATCHES = (
         "mla_transformer_engine_flag",
         "multi_latent_attention.HAVE_TE is true without it, and isinstance() meets a mock",
         _mla_transformer_engine_flag,
-    ),
-    Patch(
-        "router_gemm",
-        "moe_utils.te_general_gemm stays undefined without it, and the fp32 router uses it",
-        _router_gemm,
     ),
 )
 

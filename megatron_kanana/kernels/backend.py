@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,23 @@ from megatron_kanana.native_library import HOPPER_ATTENTION_WIDTHS
 from .native import has_operation_for, native_library_error
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Which implementations a model computes with.
+
+    Attributes:
+        attention: of `kernels.attention`.
+        experts: of `kernels.moe`.
+    """
+
+    attention: str
+    experts: str
+
+
+REFERENCE = Backends(attention="torch", experts="torch")
+"""Plain torch, for every device."""
 
 _PACKAGES = {
     "cudnn": ("cudnn.flex_attention", "nvidia-cudnn-frontend[cutedsl]"),

@@ -12,20 +12,21 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
+from megatron_kanana.kernels.backend import Backends
 
 from .attention import core_attention_spec
 from .initialization import initialize_weights
-from .layer_spec import block_spec, multi_token_prediction_spec
+from .layer_spec import block_spec, expert_layer_spec, multi_token_prediction_spec
 from .multi_token import MultiTokenGPTModel
 
 
 def build_model(
-    settings: Settings, config: MLATransformerConfig, device: Device, attention_backend: str
+    settings: Settings, config: MLATransformerConfig, device: Device, backends: Backends
 ) -> list[torch.nn.Module]:
     """The model chunks of this process, initialised: one, or one a virtual pipeline stage."""
     stages = settings.parallel.virtual_pipeline_stages
     return [
-        _build_chunk(settings, config, device, attention_backend, stage if stages > 1 else None)
+        _build_chunk(settings, config, device, backends, stage if stages > 1 else None)
         for stage in range(stages)
     ]
 
@@ -34,11 +35,10 @@ def _build_chunk(
     settings: Settings,
     config: MLATransformerConfig,
     device: Device,
-    attention_backend: str,
+    backends: Backends,
     vp_stage: int | None,
 ) -> torch.nn.Module:
-    chunk = gpt_model(settings, config, attention_backend, vp_stage)
-    _mark_expert_replicas(chunk, config)
+    chunk = gpt_model(settings, config, backends, vp_stage)
     chunk.to(device.torch_device)
     initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed, settings.transfer)
     in_bf16 = device.dtype == torch.bfloat16
@@ -49,16 +49,17 @@ def _build_chunk(
 def gpt_model(
     settings: Settings,
     config: MLATransformerConfig,
-    attention_backend: str,
+    backends: Backends,
     vp_stage: int | None = None,
 ) -> Any:
     """megatron-core's GPTModel with the project's layers; weights are megatron-core's."""
     model_class = MultiTokenGPTModel if settings.model.num_mtp_layers else GPTModel
-    core_attention = core_attention_spec(attention_backend, settings.kernels.deterministic)
+    attention = core_attention_spec(backends.attention, settings.kernels.deterministic)
+    experts = expert_layer_spec(settings.parallel.token_dispatcher, backends.experts)
     return model_class(
         config=config,
-        transformer_layer_spec=block_spec(config, core_attention, vp_stage),
-        mtp_block_spec=multi_token_prediction_spec(config, core_attention, vp_stage),
+        transformer_layer_spec=block_spec(config, attention, experts, vp_stage),
+        mtp_block_spec=multi_token_prediction_spec(config, attention, experts, vp_stage),
         vocab_size=settings.model.padded_vocab_size,
         max_sequence_length=settings.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -67,16 +68,3 @@ def gpt_model(
         share_embeddings_and_output_weights=False,
         vp_stage=vp_stage,
     )
-
-
-def _mark_expert_replicas(chunk: torch.nn.Module, config: MLATransformerConfig) -> None:
-    """Have the experts' gradients reduced over the processes that hold replicas of them.
-
-    megatron-core does so only with expert parallelism, but an expert that is split over fewer or
-    more processes than the dense layers has other replicas as well.
-    """
-    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
-        return
-    for name, parameter in chunk.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = False  # type: ignore[attr-defined]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttention,
     MLASelfAttentionSubmodules,
@@ -32,25 +34,47 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from .experts import GroupedExperts
+from .moe_layer import ExpertLayer
 from .norm import RMSNorm
-from .router import PaddingAwareRouter
+from .router import Router
+from .shared_experts import SharedExperts
+
+
+@dataclass(frozen=True)
+class ExpertLayerSpec:
+    """What a ModuleSpec says, of the layer of experts.
+
+    Of a ModuleSpec, megatron-core's transformer layer knows only its own class of such layers and
+    warns of any other, although it builds it just the same.
+    """
+
+    params: dict[str, Any]
+    submodules: MoESubmodules
+    module: type = ExpertLayer
 
 
 def block_spec(
-    config: MLATransformerConfig, core_attention: ModuleSpec, vp_stage: int | None
+    config: MLATransformerConfig,
+    core_attention: ModuleSpec,
+    experts: ExpertLayerSpec,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline rank's (virtual) stage, and the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [
-        layer_spec(core_attention, is_moe=bool(config.moe_layer_freq[index]))
+        layer_spec(core_attention, experts if config.moe_layer_freq[index] else None)
         for index in range(first, first + count)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def multi_token_prediction_spec(
-    config: MLATransformerConfig, core_attention: ModuleSpec, vp_stage: int | None
+    config: MLATransformerConfig,
+    core_attention: ModuleSpec,
+    experts: ExpertLayerSpec,
+    vp_stage: int | None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The multi-token prediction layers (DeepSeek-V3, section 2.2); None on other stages.
 
@@ -67,15 +91,15 @@ def multi_token_prediction_spec(
             enorm=RMSNorm,
             hnorm=RMSNorm,
             eh_proj=ColumnParallelLinear,
-            transformer_layer=layer_spec(core_attention, is_moe=True),
+            transformer_layer=layer_spec(core_attention, experts),
             layer_norm=RMSNorm,
         ),
     )
     return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * count)
 
 
-def layer_spec(core_attention: ModuleSpec, *, is_moe: bool) -> ModuleSpec:
-    """One transformer layer: norm, MLA, norm, then experts or a dense feed-forward."""
+def layer_spec(core_attention: ModuleSpec, experts: ExpertLayerSpec | None) -> ModuleSpec:
+    """One transformer layer: norm, MLA, norm, then experts or, without, a dense feed-forward."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -83,7 +107,7 @@ def layer_spec(core_attention: ModuleSpec, *, is_moe: bool) -> ModuleSpec:
             self_attention=_attention_spec(core_attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_moe_spec() if is_moe else ModuleSpec(module=MLP, submodules=_mlp_submodules()),
+            mlp=experts or ModuleSpec(module=MLP, submodules=_mlp_submodules()),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -113,12 +137,21 @@ def _mlp_submodules() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
-def _moe_spec() -> ModuleSpec:
-    return ModuleSpec(
-        module=MoELayer,
+def expert_layer_spec(dispatcher: str, backend: str) -> ExpertLayerSpec:
+    """A layer of experts.
+
+    Args:
+        dispatcher: `parallel.token_dispatcher`.
+        backend: implementation (see `kernels.moe`).
+    """
+    params = {"backend": backend}
+    return ExpertLayerSpec(
+        params={"dispatcher": dispatcher, **params},
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=_mlp_submodules()),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules()),
-            router=PaddingAwareRouter,
+            experts=ModuleSpec(module=GroupedExperts, params=params),
+            shared_experts=ModuleSpec(
+                module=SharedExperts, params=params, submodules=_mlp_submodules()
+            ),
+            router=partial(Router, **params),
         ),
     )

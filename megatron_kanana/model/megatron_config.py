@@ -61,7 +61,6 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         moe_router_load_balancing_type="seq_aux_loss",
         moe_aux_loss_coeff=model.balance_loss_coefficient,
         moe_z_loss_coeff=model.z_loss_coefficient or None,
-        moe_token_dispatcher_type=parallel.token_dispatcher,
         # Multi-token prediction: megatron-core takes None for "without"
         mtp_num_layers=model.num_mtp_layers or None,
         mtp_loss_scaling_factor=model.mtp_loss_coefficient,

@@ -46,14 +46,14 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the whole weight."""
-        rows, columns = self.flat.parameter.shape
+        rows, columns = self.flat.shape
         if self.rule.shard_axis == 0:
             return rows * self.num_shards, columns
         return rows, columns * self.num_shards
 
     def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole weight from its flat shards."""
-        parts = [shard.view(self.flat.parameter.shape) for shard in shards]
+        parts = [shard.view(self.flat.shape) for shard in shards]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.rule.shard_axis or 0)
 
     def cut(self, whole: torch.Tensor) -> list[torch.Tensor]:
@@ -85,7 +85,7 @@ class DistributedMuon:
 
     Attributes:
         weights: what it updates.
-        state: for each fp32 piece, its 'momentum', flat.
+        state: for each parameter's fp32 piece, its 'momentum', flat.
 
     Args:
         weights: the weights, the same on every process of `group`, in the same order.
@@ -106,9 +106,9 @@ class DistributedMuon:
         self._settings = settings
         self._model = model
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {
-            weight.flat.main: {"momentum": torch.zeros_like(weight.flat.main)}
-            for weight in weights
-            if weight.flat.main is not None
+            main: {"momentum": torch.zeros_like(main)}
+            for main in dict.fromkeys(weight.flat.main for weight in weights)
+            if main is not None
         }
         self._rounds = _plan(weights, group, settings.per_head, model)
         self._device = weights[0].flat.parameter.device if weights else torch.device("cpu")
@@ -139,9 +139,11 @@ class DistributedMuon:
         for index, weight in enumerate(this.weights):
             if (main := weight.flat.main) is not None:
                 assert main.grad is not None
-                momentum = self.state[main]["momentum"]
-                ahead = nesterov_momentum(main.grad, momentum, self._settings.momentum, self._dtype)
-                local[index, self._group.shard] = ahead
+                gradient = weight.flat.local(main.grad)
+                momentum = weight.flat.local(self.state[main]["momentum"])
+                local[index, self._group.shard] = nesterov_momentum(
+                    gradient, momentum, self._settings.momentum, self._dtype
+                )
         group = self._group.process_group
         return gather(this.gathers, local, self._dtype, self._device, group)
 
@@ -195,8 +197,9 @@ class DistributedMuon:
             main, rates = weight.flat.main, weight.flat.group
             if main is None or rates is None:
                 continue
-            main.mul_(1.0 - rates["lr"] * rates["weight_decay"])
-            main.add_(updates[index, self._group.shard], alpha=-rates["lr"])
+            piece = weight.flat.local(main)
+            piece.mul_(1.0 - rates["lr"] * rates["weight_decay"])
+            piece.add_(updates[index, self._group.shard], alpha=-rates["lr"])
 
 
 def muon_weights(flats: Sequence[FlatParameter], num_shards: int) -> list[Weight]:
@@ -221,7 +224,10 @@ def muon_weights(flats: Sequence[FlatParameter], num_shards: int) -> list[Weight
 
 def _check_shard_axis(flat: FlatParameter, rule: Rule) -> None:
     is_split = getattr(flat.parameter, "tensor_model_parallel", False)
-    axis = flat.parameter.partition_dim if is_split else None  # type: ignore[attr-defined]
+    axis = None
+    if is_split:
+        stacked = flat.parameter.dim() - len(flat.shape)
+        axis = flat.parameter.partition_dim - stacked  # type: ignore[attr-defined]
     if axis != rule.shard_axis:
         raise RuntimeError(
             f"LOGICAL_MATRICES says that {flat.name} is split along {rule.shard_axis}, but"

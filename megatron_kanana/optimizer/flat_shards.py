@@ -9,7 +9,7 @@ parameter, or none.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,16 +33,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class FlatParameter:
-    """One parameter of this process's model, whole or not in its own piece.
+    """One parameter of this process's model, or one matrix of a parameter that is a stack of them.
 
     Attributes:
         chunk: number of its model chunk on this process.
-        name: its plain name in the chunk.
+        name: the parameter's plain name in the chunk.
         parameter: the model's weight; with tensor parallelism its local shard.
         pieces: who holds what of it, by rank in the data-parallel group, in order of elements.
         piece: this process's, or None.
-        main: fp32 weights of `piece`, flat, which the optimizer updates; or None.
+        main: fp32 weights, flat, which the optimizer updates, of this process's piece of the
+            parameter; `local` finds `piece` in it. None without a piece.
         group: the parameter group of `main` (learning rate, weight decay); or None.
+        matrix: number of the matrix in the parameter; None for the whole of it.
+        offset: where in `main` the elements of `piece` begin.
     """
 
     chunk: int
@@ -52,6 +55,18 @@ class FlatParameter:
     piece: Piece | None
     main: torch.Tensor | None
     group: dict[str, Any] | None
+    matrix: int | None = None
+    offset: int = 0
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter, or of the matrix."""
+        return self.parameter.shape if self.matrix is None else self.parameter.shape[1:]
+
+    def local(self, like_main: torch.Tensor) -> torch.Tensor:
+        """What belongs to `piece` in a tensor of the form of `main`; a view."""
+        assert self.piece is not None
+        return like_main.narrow(0, self.offset, self.piece.end - self.piece.start)
 
 
 def members(optimizer: Any) -> list[Any]:
@@ -61,7 +76,10 @@ def members(optimizer: Any) -> list[Any]:
 
 
 def flat_parameters(member: Any) -> list[FlatParameter]:
-    """All parameters of a distributed optimizer, in the same order on each of its processes."""
+    """All parameters of a distributed optimizer, in the same order on each of its processes.
+
+    Those of three dimensions are stacks; each of their matrices comes by itself.
+    """
     names = {
         parameter: (index, plain_name(name))
         for index, chunk in enumerate(member.model_chunks)
@@ -69,7 +87,7 @@ def flat_parameters(member: Any) -> list[FlatParameter]:
     }
     mains = _mains(member)
     rank = member.data_parallel_group.rank()
-    result = []
+    result: list[FlatParameter] = []
     for buffer in member.buffers:
         for parameter, (start, end, bucket) in buffer.param_index_map.items():
             pieces = tuple(
@@ -79,8 +97,28 @@ def flat_parameters(member: Any) -> list[FlatParameter]:
             main, group = mains.get(parameter, (None, None))
             assert (main is None) == (piece is None)
             assert main is None or piece is None or main.numel() == piece.end - piece.start
-            result.append(FlatParameter(*names[parameter], parameter, pieces, piece, main, group))
-    return sorted(result, key=lambda flat: (flat.chunk, flat.name))
+            whole = FlatParameter(*names[parameter], parameter, pieces, piece, main, group)
+            result += _matrices(whole) if parameter.dim() == 3 else [whole]
+    return sorted(result, key=lambda flat: (flat.chunk, flat.name, flat.matrix or 0))
+
+
+def _matrices(stack: FlatParameter) -> Iterator[FlatParameter]:
+    """The matrices of a stack, each with its part of the stack's pieces."""
+    size = stack.parameter[0].numel()
+    for number in range(len(stack.parameter)):
+        start = number * size
+        pieces = tuple(
+            Piece(piece.rank, max(piece.start, start) - start, min(piece.end, start + size) - start)
+            for piece in stack.pieces
+            if piece.start < start + size and piece.end > start
+        )
+        rank = None if stack.piece is None else stack.piece.rank
+        piece = next((piece for piece in pieces if piece.rank == rank), None)
+        if stack.piece is None or piece is None:
+            yield replace(stack, pieces=pieces, piece=None, main=None, group=None, matrix=number)
+        else:
+            offset = start + piece.start - stack.piece.start
+            yield replace(stack, pieces=pieces, piece=piece, matrix=number, offset=offset)
 
 
 def _pieces(start: int, end: int, bucket: Any, num_processes: int) -> Iterator[Piece]:

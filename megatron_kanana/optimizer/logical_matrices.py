@@ -3,7 +3,7 @@
 A weight as megatron-core stores it may hold several matrices of the mathematics: keys and values
 of every head in one tensor, gate and up projection in another. Muon orthogonalises the latter, so
 every parameter is declared here; one that no rule names is an error. Weights are [rows, columns] =
-[output, input].
+[output, input]; a parameter of three dimensions is a stack of such weights, one an expert.
 
 Rows of a weight are `groups` repetitions of the same parts, for example 32 heads x [key | value].
 A logical matrix is one part of all groups together, or of each group alone.
@@ -111,12 +111,12 @@ LOGICAL_MATRICES = (
     # Feed-forward: dense, shared experts, and each routed expert by itself
     Rule(
         "gate_up",
-        ("*.linear_fc1.weight",),
+        ("*.linear_fc1.weight", "*.mlp.experts.gate_up"),
         (Part("gate"), Part("up")),
         Groups.SHARDS,
         shard_axis=0,
     ),
-    Rule("down", ("*.linear_fc2.weight",), (Part("down"),), shard_axis=1),
+    Rule("down", ("*.linear_fc2.weight", "*.mlp.experts.down"), (Part("down"),), shard_axis=1),
     # Multi-token prediction: projection of a hidden state beside an embedding
     Rule("mtp_projection", ("*.eh_proj.weight",), (Part("mtp_projection"),), shard_axis=0),
     # Matrices whose rows are looked up or scored one by one

@@ -41,10 +41,9 @@ class WeightAverage:
         self._interval = interval
         self._flats = [flat_parameters(member) for member in self._members]
         self._averages: dict[torch.Tensor, torch.Tensor] = {
-            flat.main: flat.main.detach().clone()
-            for flats in self._flats
-            for flat in flats
-            if flat.main is not None
+            main: main.detach().clone()
+            for main in dict.fromkeys(flat.main for flats in self._flats for flat in flats)
+            if main is not None
         }
 
     def reset(self) -> None:
@@ -87,17 +86,17 @@ class WeightAverage:
         }
 
     def gather(self) -> dict[Entry, torch.Tensor]:
-        """What this process owns, in the parameters' shapes; every process must call this."""
+        """What this process owns, in the shapes of parameters; every process must call this."""
         result = {}
         for member, flats in zip(self._members, self._flats, strict=True):
             items = _items(member, flats)
             local = {
-                entry: self._averages[flat.main]
+                entry: flat.local(self._averages[flat.main])
                 for entry, flat in zip(items, flats, strict=True)
                 if flat.main is not None
             }
             device, group = flats[0].parameter.device, member.data_parallel_group
-            shapes = {entry: flat.parameter.shape for entry, flat in zip(items, flats, strict=True)}
+            shapes = {entry: flat.shape for entry, flat in zip(items, flats, strict=True)}
             for entry, whole in gather(items, local, torch.float32, device, group).wait().items():
                 result[entry] = whole.view(shapes[entry])
         return result
@@ -115,7 +114,7 @@ class WeightAverage:
             pieces = scatter(items, owned, torch.float32, device, group).wait()
             for entry, flat in zip(items, flats, strict=True):
                 if flat.main is not None:
-                    self._averages[flat.main].copy_(pieces[entry])
+                    flat.local(self._averages[flat.main]).copy_(pieces[entry])
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -132,8 +131,8 @@ class WeightAverage:
 
 def _items(member: Any, flats: list[FlatParameter]) -> dict[Entry, Item]:
     """The averages of one distributed optimizer, each with its owner."""
-    owners = assign([flat.parameter.numel() for flat in flats], member.data_parallel_group.size())
+    owners = assign([flat.shape.numel() for flat in flats], member.data_parallel_group.size())
     return {
-        Entry(WEIGHT_AVERAGE, flat.chunk, flat.name): Item(owner, flat.pieces)
+        Entry(WEIGHT_AVERAGE, flat.chunk, flat.name, flat.matrix): Item(owner, flat.pieces)
         for flat, owner in zip(flats, owners, strict=True)
     }

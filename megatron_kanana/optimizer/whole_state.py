@@ -1,7 +1,7 @@
 """The optimizer's state by parameter: pieces brought together on one process each, and back.
 
-Each parameter (with tensor parallelism, each shard of it) has one owner among the data-parallel
-processes; owners have about equally many elements.
+Each parameter (with tensor parallelism, each shard of it; of a stack of matrices, each matrix) has
+one owner among the data-parallel processes; owners have about equally many elements.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class Entry:
         state: what it is: 'param', 'exp_avg', 'exp_avg_sq' or 'momentum'.
         chunk: number of the parameter's model chunk on this process.
         name: the parameter's plain name.
+        matrix: number of the matrix in a parameter that is a stack of them, else None.
     """
 
     state: str
     chunk: int
     name: str
+    matrix: int | None = None
 
 
 def owned_entries(optimizer: Any) -> dict[Entry, torch.nn.Parameter]:
@@ -49,19 +51,19 @@ def owned_entries(optimizer: Any) -> dict[Entry, torch.nn.Parameter]:
 
 
 def gather_state(optimizer: Any) -> dict[Entry, torch.Tensor]:
-    """What this process owns, fp32 in the parameters' shapes; every process must call this."""
+    """What this process owns, fp32 in the shapes of parameters; every process must call this."""
     result = {}
     for member in members(optimizer):
         _allocate(member.optimizer)
         for items, flats in _by_state(member):
             local = {
-                entry: _piece(member.optimizer, entry, flat.main)
+                entry: _piece(member.optimizer, entry, flat)
                 for entry, flat in zip(items, flats, strict=True)
                 if flat.main is not None
             }
             device = flats[0].parameter.device
             gathering = gather(items, local, torch.float32, device, member.data_parallel_group)
-            shapes = {entry: flat.parameter.shape for entry, flat in zip(items, flats, strict=True)}
+            shapes = {entry: flat.shape for entry, flat in zip(items, flats, strict=True)}
             for entry, whole in gathering.wait().items():
                 result[entry] = whole.view(shapes[entry])
     return result
@@ -85,7 +87,7 @@ def scatter_state(optimizer: Any, whole: Mapping[Entry, torch.Tensor], steps: in
             pieces = scattering.wait()
             for entry, flat in zip(items, flats, strict=True):
                 if flat.main is not None:
-                    _piece(member.optimizer, entry, flat.main).copy_(pieces[entry])
+                    _piece(member.optimizer, entry, flat).copy_(pieces[entry])
 
 
 def scatter_weights(optimizer: Any, whole: Mapping[Entry, torch.Tensor]) -> None:
@@ -97,7 +99,7 @@ def scatter_weights(optimizer: Any, whole: Mapping[Entry, torch.Tensor]) -> None
         pieces = scatter(items, owned, torch.float32, device, member.data_parallel_group).wait()
         for entry, flat in zip(items, flats, strict=True):
             if flat.main is not None:
-                flat.main.detach().copy_(pieces[entry])
+                flat.local(flat.main.detach()).copy_(pieces[entry])
 
 
 def step_count(optimizer: Any) -> int:
@@ -113,7 +115,7 @@ def step_count(optimizer: Any) -> int:
 def _by_state(member: Any) -> Iterator[tuple[dict[Entry, Item], list[FlatParameter]]]:
     """For each kind of state its entries, the same on each process, and their parameters."""
     flats = flat_parameters(member)
-    sizes = [flat.parameter.numel() for flat in flats]
+    sizes = [flat.shape.numel() for flat in flats]
     owners = assign(sizes, member.data_parallel_group.size())
     muon = _muon_parameters(member.optimizer)
     for state in (FP32_WEIGHT, *ADAMW_STATE, *MUON_STATE):
@@ -122,7 +124,7 @@ def _by_state(member: Any) -> Iterator[tuple[dict[Entry, Item], list[FlatParamet
         for flat, owner in zip(flats, owners, strict=True):
             theirs = MUON_STATE if flat.parameter in muon else ADAMW_STATE
             if state == FP32_WEIGHT or state in theirs:
-                items[Entry(state, flat.chunk, flat.name)] = Item(owner, flat.pieces)
+                items[Entry(state, flat.chunk, flat.name, flat.matrix)] = Item(owner, flat.pieces)
                 with_state.append(flat)
         if items:
             yield items, with_state
@@ -134,12 +136,12 @@ def _muon_parameters(inner: Any) -> set[torch.nn.Parameter]:
     return {weight.flat.parameter for weight in inner.muon.weights}
 
 
-def _piece(inner: Any, entry: Entry, main: torch.Tensor) -> torch.Tensor:
+def _piece(inner: Any, entry: Entry, flat: FlatParameter) -> torch.Tensor:
     """This process's piece of an entry, flat."""
+    assert flat.main is not None
     if entry.state == FP32_WEIGHT:
-        return main.detach()
-    piece: torch.Tensor = inner.state[main][entry.state]
-    return piece
+        return flat.local(flat.main.detach())
+    return flat.local(inner.state[flat.main][entry.state])
 
 
 def _allocate(inner: Any) -> None:

@@ -139,6 +139,7 @@ def _plan_of_this_process(
 ) -> ProcessPlan:
     from megatron.core import parallel_state
 
+    from megatron_kanana.kernels.backend import REFERENCE
     from megatron_kanana.model.builder import gpt_model
     from megatron_kanana.model.initialization import shards
     from megatron_kanana.model.megatron_config import transformer_config
@@ -146,7 +147,8 @@ def _plan_of_this_process(
     config = transformer_config(settings, where)
     count = settings.parallel.virtual_pipeline_stages
     chunks = [
-        gpt_model(settings, config, "torch", stage if count > 1 else None) for stage in range(count)
+        gpt_model(settings, config, REFERENCE, stage if count > 1 else None)
+        for stage in range(count)
     ]
     if coverage is not None:
         for chunk in chunks:
@@ -208,12 +210,13 @@ def _imbalance(settings: Settings, chunks: list[Any], dense: int, experts: int) 
                 continue
             rule, group = rule_of(name), _group(name)
             num_shards = 1 if rule.shard_axis is None else shards[group]
-            shape = list(parameter.shape)
+            *stack, rows, columns = parameter.shape
+            shape = [rows, columns]
             shape[rule.shard_axis or 0] *= num_shards
             whole = matrix_shapes(
                 rule, (shape[0], shape[1]), settings.model, num_shards, settings.optimizer.per_head
             )
-            costs[group].append(orthogonalization_cost(whole))
+            costs[group] += [orthogonalization_cost(whole)] * math.prod(stack)
     owners = {"dense": dense * shards["dense"], "experts": experts * shards["experts"]}
     imbalance = {}
     for group, of_group in costs.items():

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 
+from megatron_kanana.model.shared_experts import SharedExperts
+
 from .layer_trace import Sighting
 from .replay import forget_pass, local_gradients
 
@@ -110,7 +112,7 @@ class _Search:
     def look_at_weights(self) -> None:
         for order, (layer, name, weight) in enumerate(self._parameters()):
             if not _is_finite(weight):
-                self.found(WEIGHTS, (layer, order), layer, f"weight {name}")
+                self.found(WEIGHTS, (layer, order), layer, f"weight {name}{_first_of(weight)}")
 
     def look_at_losses(self, losses: list[torch.Tensor]) -> None:
         if not all(map(_is_finite, losses)):
@@ -120,17 +122,19 @@ class _Search:
         for order, (layer, name, weight) in enumerate(self._parameters()):
             gradient: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
             if not _is_finite(gradient):
-                self.found(GRADIENTS, (-layer, -order), layer, f"gradient of {name}")
+                tensor = f"gradient of {name}{_first_of(gradient)}"
+                self.found(GRADIENTS, (-layer, -order), layer, tensor)
 
     @contextlib.contextmanager
     def of_modules(self) -> Iterator[None]:
-        """Look at the output of each module without children, and at its gradient."""
+        """Look at the output of each module that computes itself, and at its gradient."""
         last = self._run.config.num_layers + (self._run.config.mtp_num_layers or 0) + 1
         turns = itertools.count()
         handles = []
         for chunk in self._run.chunks:
             for path, layer, module in _modules(chunk):
-                if next(module.children(), None) is None:
+                # The shared experts compute with their children's weights.
+                if next(module.children(), None) is None or isinstance(module, SharedExperts):
                     row = layer if layer or "embedding" in path else last
                     look = _Look(self, path, layer, row, turns)
                     handles.append(module.register_forward_hook(look.after_forward))
@@ -189,6 +193,13 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for each in value:
             yield from _tensors(each)
+
+
+def _first_of(stack: torch.Tensor) -> str:
+    """Of the matrices of a stack, as experts' weights are, the first that is not finite: '[3]'."""
+    if stack.dim() < 3:
+        return ""
+    return f"[{next(number for number, each in enumerate(stack) if not _is_finite(each))}]"
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -37,7 +37,8 @@ from megatron_kanana.data.mixed import (
 )
 from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_kanana.device import Device
-from megatron_kanana.kernels.backend import choose_backend
+from megatron_kanana.kernels.backend import Backends, choose_backend
+from megatron_kanana.kernels.moe.backend import choose_moe_backend
 from megatron_kanana.model.builder import build_model
 from megatron_kanana.model.megatron_config import transformer_config
 from megatron_kanana.model.router import reset_expert_bias
@@ -137,15 +138,29 @@ def build_bare_model(settings: Settings, device: Device) -> Model:
     )
     tokenizer = prepare_tokenizer(settings)
     config = transformer_config(settings, device)
-    backend = choose_backend(
-        settings.kernels.backend,
+    chunks = build_model(settings, config, device, _choose_backends(settings, device))
+    return Model(settings, device, config, chunks, tokenizer)
+
+
+def _choose_backends(settings: Settings, device: Device) -> Backends:
+    model, kernels = settings.model, settings.kernels
+    attention = choose_backend(
+        kernels.backend,
         device.torch_device.type,
         dtype=device.dtype,
-        widths=(config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim),
-        deterministic=settings.kernels.deterministic,
+        widths=(model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim),
+        deterministic=kernels.deterministic,
     )
-    chunks = build_model(settings, config, device, backend)
-    return Model(settings, device, config, chunks, tokenizer)
+    experts = choose_moe_backend(
+        kernels.moe_backend,
+        device.torch_device.type,
+        dtype=device.dtype,
+        hidden_size=model.hidden_size,
+        moe_ffn_hidden_size=(
+            model.moe_ffn_hidden_size // settings.parallel.expert_tensor_parallel_size
+        ),
+    )
+    return Backends(attention, experts)
 
 
 def build_run(settings: Settings, device: Device) -> Run:

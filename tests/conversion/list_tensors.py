@@ -7,6 +7,7 @@ import sys
 
 from megatron_kanana import device
 from megatron_kanana.config import Environment
+from megatron_kanana.kernels.backend import REFERENCE
 from tests.model.beside_transformers import small_settings
 
 
@@ -25,7 +26,7 @@ def main(models: dict[str, list[str]]) -> None:
     listed: dict[str, dict[str, list[int]]] = {}
     for name, overrides in models.items():
         settings = small_settings(overrides)
-        model = gpt_model(settings, transformer_config(settings, where), "torch")
+        model = gpt_model(settings, transformer_config(settings, where), REFERENCE)
         listed[name] = {
             shard.key: list(shard.global_shape)
             for entry in model.sharded_state_dict().values()

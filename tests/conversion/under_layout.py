@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_kanana import device
 from megatron_kanana.config import detect_environment, read_settings, saved_settings
 from megatron_kanana.config.manifest import seal
+from megatron_kanana.kernels.backend import REFERENCE
 
 
 def run(case: dict[str, str], overrides: list[str]) -> None:
@@ -36,7 +37,7 @@ def run(case: dict[str, str], overrides: list[str]) -> None:
     from megatron_kanana.model.builder import build_model
     from megatron_kanana.model.megatron_config import transformer_config
 
-    chunks = build_model(settings, transformer_config(settings, where), where, "torch")
+    chunks = build_model(settings, transformer_config(settings, where), where, REFERENCE)
     load_model(chunks, checkpoint)
     if "logits" in case:
         result = logits(chunks[0], torch.load(case["tokens"]))

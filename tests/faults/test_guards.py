@@ -33,7 +33,7 @@ LAYOUTS = {
     "EP2": ("parallel.expert_parallel_size=2",),
 }
 BAD_STEP = 8
-EXPERT = "mlp.experts.local_experts.1.linear_fc2"
+EXPERTS = "mlp.experts"
 
 
 def samples_before(step: int) -> int:
@@ -51,8 +51,8 @@ LOCATED = [
     # layout; kind, rank, module and step of the fault; layer and tensor that are to be named
     (
         "DP2",
-        ("output", 1, f"layers.1.{EXPERT}", 3),
-        (2, f"output of decoder.layers.1.{EXPERT}"),
+        ("output", 1, f"layers.1.{EXPERTS}", 3),
+        (2, f"output of decoder.layers.1.{EXPERTS}"),
     ),
     (
         "DP2",
@@ -76,18 +76,18 @@ LOCATED = [
     ),
     (
         "EP2",
-        ("weight_gradient", 0, f"layers.2.{EXPERT}", 3),
-        (3, f"gradient of decoder.layers.2.{EXPERT}.weight"),
+        ("weight_gradient", 0, f"layers.2.{EXPERTS}", 3),
+        (3, f"gradient of decoder.layers.2.{EXPERTS}.down[1]"),
     ),
     (
         "EP2",
-        ("output", 1, f"layers.1.{EXPERT}", 5),
-        (2, f"output of decoder.layers.1.{EXPERT}"),
+        ("output", 1, f"layers.1.{EXPERTS}", 5),
+        (2, f"output of decoder.layers.1.{EXPERTS}"),
     ),
 ]
 ONCE = [
     # kind, rank, module and step of a fault that comes once; what is to be named
-    (("output", 0, f"layers.1.{EXPERT}", 4), "output of layer 2"),
+    (("output", 0, f"layers.1.{EXPERTS}", 4), "output of layer 2"),
     (
         ("gradient", 1, "layers.2.self_attention.core_attention", 6),
         "gradient of the output of layer 2",
@@ -141,8 +141,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Found:
     }
     runs["once"] = ("guards.recheck_interval=5",)
     faults["once"] = [fault(*of_run, times=1) for of_run, _ in ONCE]
-    everywhere = fault("output", 1, f"layers.1.{EXPERT}")
-    again = fault("output", 1, f"layers.1.{EXPERT}", BAD_STEP + 3)
+    everywhere = fault("output", 1, f"layers.1.{EXPERTS}")
+    again = fault("output", 1, f"layers.1.{EXPERTS}", BAD_STEP + 3)
     runs["skipped"] = ()
     runs["rolled back"] = ("guards.on_nonfinite=rollback", WITH_CHECKPOINTS)
     runs["stopped"] = ("guards.on_nonfinite=stop",)
@@ -253,7 +253,7 @@ def test_a_start_after_a_rollback_passes_over_the_same_samples(
     tmp_path: Path, cache_dir: Path, found: Found
 ) -> None:
     """Ended in the second step after it went back, before another checkpoint."""
-    bad = fault("output", 1, f"layers.1.{EXPERT}")
+    bad = fault("output", 1, f"layers.1.{EXPERTS}")
     leave = fault("exit", 0, "output_layer", BAD_STEP + 2)
     overrides = [*SETTINGS, "guards.on_nonfinite=rollback", WITH_CHECKPOINTS]
     arguments = [

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def watch(faults: dict[str, list[Fault]]) -> None:
     vars(runs)["build_run"] = build_with_faults
 
 
+def after_gradient(parameter: Any, function: Callable[[Any], None]) -> None:
+    """Call `function` with a parameter each time its gradient has been added to `main_grad`."""
+    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: function(parameter))
+    vars(parameter)["gradient_node"] = node  # keeps the hook
+
+
 def put_in(run: Any, fault: Fault) -> None:
     """Hook a fault onto its module, if it is on this process."""
     import torch
@@ -122,11 +130,17 @@ def put_in(run: Any, fault: Fault) -> None:
             return gradient
         return gradient * math.nan if fault["where"] == "weight_gradient" else gradient * 1.0001
 
+    def spoil_expert(down: Any) -> None:
+        if is_due():
+            down.main_grad[1].mul_(math.nan)
+
     for chunk in run.chunks:
         for path, module in unwrap_model(chunk).named_modules():
             if path.endswith(fault["module"]):
                 module.register_forward_hook(count)
-                if fault["where"] in ("weight_gradient", "flipped_bit"):
+                if path.endswith("mlp.experts") and fault["where"] == "weight_gradient":
+                    after_gradient(module.down, spoil_expert)
+                elif fault["where"] in ("weight_gradient", "flipped_bit"):
                     module.weight.register_hook(of_weight)
                 else:
                     module.register_forward_hook(after_forward)

@@ -17,6 +17,7 @@ import transformers
 from megatron_kanana import device
 from megatron_kanana.config import Environment, Settings, load_settings
 from megatron_kanana.config.schema import ModelSettings
+from megatron_kanana.kernels.backend import REFERENCE
 from tests.launch import CONFIG_DIR
 
 Tensors = dict[str, torch.Tensor]
@@ -105,12 +106,8 @@ def hugging_face_layer_names(
     theirs[f"{target}.mlp.gate.weight"] = ours[f"{source}.mlp.router.weight"]
     if (key := f"{source}.mlp.router.expert_bias") in ours:
         theirs[f"{target}.mlp.gate.e_score_correction_bias"] = ours[key]
-    for name, other in {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}.items():
-        experts = [
-            ours[f"{source}.mlp.experts.local_experts.{expert}.{name}.weight"]
-            for expert in range(model.num_experts)
-        ]
-        theirs[f"{target}.mlp.experts.{other}"] = torch.stack(experts)
+    for name in ("gate_up", "down"):
+        theirs[f"{target}.mlp.experts.{name}_proj"] = ours[f"{source}.mlp.experts.{name}"]
     shared = "mlp.shared_experts"
     if model.num_shared_experts:
         theirs |= _feed_forward(ours, f"{source}.{shared}", f"{target}.{shared}")
@@ -155,7 +152,7 @@ def compare(settings: Settings, where: device.Device, length: int) -> dict[str, 
     from megatron_kanana.model.builder import gpt_model
     from megatron_kanana.model.megatron_config import transformer_config
 
-    ours = gpt_model(settings, transformer_config(settings, where), "torch")
+    ours = gpt_model(settings, transformer_config(settings, where), REFERENCE)
     randomize(ours)
     weights = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
     theirs = transformers.DeepseekV3ForCausalLM(hugging_face_config(settings.model))

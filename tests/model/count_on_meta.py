@@ -10,6 +10,7 @@ import torch
 from megatron_kanana import device
 from megatron_kanana.config import Environment, load_settings
 from megatron_kanana.config.shipped import shipped_model
+from megatron_kanana.kernels.backend import REFERENCE
 
 
 def main(names: list[str]) -> None:
@@ -30,7 +31,7 @@ def main(names: list[str]) -> None:
     for name in names:
         settings.model = shipped_model(*name.split(","))
         with torch.device("meta"):
-            model = gpt_model(settings, transformer_config(settings, where), "torch")
+            model = gpt_model(settings, transformer_config(settings, where), REFERENCE)
         sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
         routed = sum(
             size

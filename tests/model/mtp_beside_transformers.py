@@ -24,6 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from megatron_kanana import device
 from megatron_kanana.config import Environment, Settings
 from megatron_kanana.config.schema import ModelSettings
+from megatron_kanana.kernels.backend import REFERENCE
 from tests.model.beside_transformers import (
     Tensors,
     hugging_face_config,
@@ -130,7 +131,7 @@ def compare(settings: Settings, where: device.Device) -> dict[str, Any]:
     from megatron_kanana.model.megatron_config import transformer_config
 
     model = settings.model
-    ours = gpt_model(settings, transformer_config(settings, where), "torch")
+    ours = gpt_model(settings, transformer_config(settings, where), REFERENCE)
     randomize(ours)
     weights = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
     theirs = Reference(model)
@@ -187,7 +188,7 @@ def outside_training(
     from megatron_kanana.model.megatron_config import transformer_config
 
     bare_settings = replace(settings, model=replace(settings.model, num_mtp_layers=0))
-    bare = gpt_model(bare_settings, transformer_config(bare_settings, where), "torch")
+    bare = gpt_model(bare_settings, transformer_config(bare_settings, where), REFERENCE)
     unexpected = bare.load_state_dict(ours.state_dict(), strict=False).unexpected_keys
     assert all(name.startswith("mtp.") for name in unexpected)
     same_training_loss = torch.equal(our_losses(ours, batch)[0], our_losses(bare, batch)[0])

@@ -41,7 +41,7 @@ def test_every_parameter_starts_and_learns_as_its_class_does(measured: Any, opti
         is_output = name == "output_layer.weight"
         by_adamw = is_vector or is_output or is_among(name, "router", "embedding")
         grows = not is_vector and is_among(
-            name, "linear_q_down", "linear_kv_down", "linear_proj", "fc1", "router", "eh_proj"
+            name, "q_down", "kv_down", "linear_proj", "fc1", "gate_up", "router", "eh_proj"
         )
         factor = RATIO if grows or is_output else 1.0
         if optimizer == "muon" and by_adamw:
@@ -54,7 +54,7 @@ def test_every_parameter_starts_and_learns_as_its_class_does(measured: Any, opti
             continue
         assert found["fan_in"] == found["shape"][1], name
         std = STD * (RATIO if is_output else math.sqrt(RATIO) if grows else 1.0)
-        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        if is_among(name, "linear_proj.", "linear_fc2.", "experts.down"):
             std /= math.sqrt(2 * NUM_LAYERS)
         size = math.prod(found["shape"])
         assert found["std"] == pytest.approx(std, rel=5 / math.sqrt(2 * size)), name

@@ -62,10 +62,12 @@ def parameters(optimizer: str, data: str) -> dict[str, Any]:
     result = {}
     for flat in flats:
         assert flat.group is not None
-        result[flat.name] = {
-            "shape": list(flat.parameter.shape),
+        is_whole = flat.matrix is None
+        weight = flat.parameter if is_whole else flat.parameter[flat.matrix]
+        result[flat.name if is_whole else f"{flat.name}[{flat.matrix}]"] = {
+            "shape": list(flat.shape),
             "fan_in": width_rule(flat.name).fan_in(settings.model),
-            "std": float(flat.parameter.detach().float().std()),
+            "std": float(weight.detach().float().std()),
             "learning_rate": flat.group["lr"],
             "weight_decay": flat.group["weight_decay"],
         }

@@ -19,7 +19,6 @@ COUNT_EMBEDDINGS = "parallel.embeddings_count_as_layers=true"
 VIRTUAL = "parallel.virtual_pipeline_stages=2"
 EXPERT = "parallel.expert_parallel_size=2"
 EXPERT_TENSOR = "parallel.expert_tensor_parallel_size=2"
-ALLGATHER = "parallel.token_dispatcher=allgather"
 OVERLAP = "parallel.overlap_gradient_reduction=true"
 RECOMPUTE = "parallel.recompute=full"
 
@@ -29,8 +28,7 @@ LAYOUTS = {
     "PP2": (2, [PIPELINE]),
     "PP2 with 2 virtual stages": (2, [PIPELINE, VIRTUAL]),
     "PP3 of unequal stages": (3, [PIPELINE_OF_3, COUNT_EMBEDDINGS]),
-    "EP2 alltoall": (2, [EXPERT]),
-    "EP2 allgather": (2, [EXPERT, ALLGATHER]),
+    "EP2": (2, [EXPERT]),
     "DP2 with the distributed optimizer": (2, []),
     "DP2 with overlapped reduction": (2, [OVERLAP]),
     "expert-TP2 with TP2": (2, [TENSOR, EXPERT_TENSOR]),
@@ -38,6 +36,8 @@ LAYOUTS = {
     "TP2 x PP2": (4, [TENSOR, PIPELINE]),
     "TP2 x EP2": (2, [TENSOR, EXPERT]),
     "PP2 x EP2": (4, [PIPELINE, EXPERT]),
+    "EP4 with TP2": (4, [TENSOR, "parallel.expert_parallel_size=4"]),
+    "EP2 x expert-TP2 with TP2": (4, [TENSOR, EXPERT, EXPERT_TENSOR]),
     "full recomputation": (1, [RECOMPUTE]),
 }
 

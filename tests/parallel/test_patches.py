@@ -10,10 +10,9 @@ from megatron_kanana.device.patches import CPU_PATCHES, NO_TRANSFORMER_ENGINE_PA
 from tests.launch import CONFIG_DIR, Finished, run_python
 
 SCRIPT = "tests/parallel/train_without_patch.py"
-EXPERT_PARALLELISM = "parallel.expert_parallel_size=2"
 # Settings, on two processes, under which these are missed; the others are on one process.
 ONLY_WITH = {
-    "split_sizes_as_arrays": (EXPERT_PARALLELISM,),
+    "streams": ("parallel.overlap_gradient_reduction=true",),
     "tensor_cuda": ("parallel.pipeline_parallel_size=2", "model.num_mtp_layers=1"),
 }
 PATCHES = [patch.name for patch in (*CPU_PATCHES, *NO_TRANSFORMER_ENGINE_PATCHES)]

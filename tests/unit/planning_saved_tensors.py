@@ -54,13 +54,14 @@ def measure(settings: Settings, where: Any) -> dict[str, int]:
     """Build the model, run a microbatch through it, and count."""
     from megatron.core.transformer.module import Float16Module
 
+    from megatron_kanana.kernels.backend import Backends
     from megatron_kanana.model.builder import gpt_model
     from megatron_kanana.model.megatron_config import transformer_config
 
     config = transformer_config(settings, where)
     # SDPA and csrc run on a CPU, too; what they keep there is what they keep on a GPU.
     backend = "sdpa" if settings.kernels.backend == "auto" else settings.kernels.backend
-    model = Float16Module(config, gpt_model(settings, config, backend)).train()
+    model = Float16Module(config, gpt_model(settings, config, Backends(backend, "torch"))).train()
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 

@@ -31,7 +31,9 @@ KINDS = {
     f"{ATTENTION}.kv_layernorm.weight": "norm",
     f"{LAYER}.mlp.linear_fc1.weight": "gate_up",
     f"{LAYER}.mlp.shared_experts.linear_fc2.weight": "down",
-    f"{LAYER}.mlp.experts.local_experts.12.linear_fc1.weight": "gate_up",
+    f"{LAYER}.mlp.experts.gate_up": "gate_up",
+    f"{LAYER}.mlp.experts.down": "down",
+    "decoder.layers.1.mlp.experts.experts.linear_fc1.weight": "gate_up",  # in a checkpoint
     f"{LAYER}.mlp.router.weight": "router",
     "module.mtp.layers.0.eh_proj.weight": "mtp_projection",
     "module.mtp.layers.0.enorm.weight": "norm",

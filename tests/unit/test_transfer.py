@@ -24,7 +24,7 @@ AS_PRINTED = TransferSettings(base_hidden_size=BASE, scale_output=False)
 DIVIDED = TransferSettings(base_hidden_size=BASE)
 
 LAYER = "module.module.decoder.layers.3"
-ATTENTION, EXPERT = f"{LAYER}.self_attention", f"{LAYER}.mlp.experts.local_experts.5"
+ATTENTION, EXPERTS = f"{LAYER}.self_attention", f"{LAYER}.mlp.experts"
 
 # Tables 1 and 2 of arXiv 2608.20061, with r = base width / width: factor of the learning rate, and
 # initial variance as a number, or as a multiple of the base variance. The proxies keep the widths
@@ -33,9 +33,9 @@ VECTOR_VARIANCE = 0.04
 TABLE = {
     "module.module.embedding.word_embeddings.weight": ("1", "vector"),
     "module.module.output_layer.weight": ("1", "vector"),
-    f"{EXPERT}.linear_fc2.weight": ("1", "1"),
+    f"{EXPERTS}.down": ("1", "1"),
     f"{LAYER}.mlp.shared_experts.linear_fc2.weight": ("1", "1"),
-    f"{EXPERT}.linear_fc1.weight": ("r", "r"),
+    f"{EXPERTS}.gate_up": ("r", "r"),
     f"{LAYER}.mlp.shared_experts.linear_fc1.weight": ("r", "r"),
     f"{LAYER}.mlp.router.weight": ("r", "r"),
     f"{LAYER}.mlp.linear_fc1.weight": ("r", "r"),

@@ -57,6 +57,39 @@ LAUNCH = {
         "start one process a device",
         Environment(world_size=2, local_world_size=2, cuda_device_count=1),
     ),
+    "dispatcher of earlier versions": Bad(
+        ("parallel.token_dispatcher=allgather",),
+        "parallel.token_dispatcher",
+        "allgather",
+        "alltoall or deepep",
+    ),
+    "DeepEP on a CPU": Bad(
+        ("parallel.token_dispatcher=deepep",),
+        "parallel.token_dispatcher",
+        "deepep",
+        "choose alltoall",
+    ),
+    "DeepEP that is not installed": Bad(
+        ("parallel.token_dispatcher=deepep",),
+        "parallel.token_dispatcher",
+        "deepep",
+        "install DeepEP",
+        Environment(cuda_device_count=1, has_deep_ep=False),
+    ),
+    "DeepEP in fp32": Bad(
+        ("parallel.token_dispatcher=deepep", "precision=fp32"),
+        "parallel.token_dispatcher",
+        "deepep",
+        "set precision.compute=bf16",
+        CUDA_MACHINE,
+    ),
+    "DeepEP with experts in parts": Bad(
+        ("parallel.token_dispatcher=deepep", "parallel.expert_tensor_parallel_size=2"),
+        "parallel.token_dispatcher",
+        "deepep",
+        "set parallel.expert_tensor_parallel_size=1",
+        Environment(world_size=2, local_world_size=2, cuda_device_count=2),
+    ),
     "fp8 on a CPU": Bad(
         ("precision.compute=fp8",), "precision.compute", "fp8", "choose fp32 or bf16"
     ),

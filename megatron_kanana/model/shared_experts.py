@@ -1,0 +1,81 @@
+"""The experts that every token visits, as one operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_kanana.kernels.moe import gated_mlp
+
+
+class SharedExperts(SharedExpertMLP):
+    """megatron-core's shared experts, with its parameters and their names, by `kernels.moe`.
+
+    Args:
+        backend: implementation (see `kernels.moe`).
+        The others are megatron-core's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        gate: bool,
+        pg_collection: ProcessGroupCollection,
+        *,
+        backend: str,
+    ) -> None:
+        super().__init__(config, submodules, gate, pg_collection)
+        self.backend = backend
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[sequence or this process's part of it, batch, D] -> the same shape."""
+        if self.tp_group.size() == 1:
+            return self._compute(hidden_states)
+        gathered = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        with _kept_in_parts(gathered, hidden_states.detach(), self.tp_group):
+            partial_sums = self._compute(gathered)
+        summed: torch.Tensor = reduce_scatter_to_sequence_parallel_region(
+            partial_sums, group=self.tp_group
+        )
+        return summed
+
+    def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        out_TD = gated_mlp(
+            hidden_states.flatten(0, -2),
+            self.linear_fc1.weight,
+            self.linear_fc2.weight,
+            backend=self.backend,
+        )
+        return out_TD.view(hidden_states.shape)
+
+
+def _kept_in_parts(gathered: torch.Tensor, part: torch.Tensor, group: Any) -> Any:
+    """Have autograd keep this process's part of `gathered`, and gather it again when it is needed.
+
+    megatron-core's column-parallel layers do the same.
+    """
+
+    def pack(tensor: torch.Tensor) -> Any:
+        is_gathered = (
+            tensor.data_ptr() == gathered.data_ptr() and tensor.numel() == gathered.numel()
+        )
+        return (tensor.shape, part) if is_gathered else tensor
+
+    def unpack(kept: Any) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        shape, own = kept
+        whole: torch.Tensor = gather_from_sequence_parallel_region(own, group=group)
+        return whole.view(shape)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
