@@ -42,20 +42,45 @@ int64_t panels_of_expert(const ExpertsProblem& problem) {
 }  // namespace
 
 RowLayout::RowLayout(const int32_t* offsets, int64_t experts)
-    : first_padded_row(experts), end_padded_row(experts), padded_row_of_row(offsets[experts]) {
+    : padded_row_of_row(offsets[experts]) {
   for (int64_t expert = 0; expert < experts; ++expert) {
     const int64_t begin = offsets[expert], end = offsets[expert + 1];
-    first_padded_row[expert] = padded_rows;
-    end_padded_row[expert] = padded_rows + end - begin;
-    if (begin < end) used_experts.push_back(expert);
+    if (begin == end) continue;
+    const int64_t used_expert = static_cast<int64_t>(used_experts.size());
+    used_experts.push_back(expert);
+    const int64_t shift = padded_rows - begin;
     for (int64_t row = begin; row < end; row += kBlockRows) {
-      blocks.push_back({expert, row, std::min(kBlockRows, end - row), padded_rows + row - begin});
+      const int64_t count = std::min(kBlockRows, end - row);
+      blocks.push_back({expert, used_expert, row, count, row + shift});
     }
     for (int64_t row = begin; row < end; ++row) {
-      padded_row_of_row[row] = static_cast<int32_t>(padded_rows + row - begin);
+      padded_row_of_row[row] = static_cast<int32_t>(row + shift);
     }
-    padded_rows += (end - begin + kRowUnit - 1) / kRowUnit * kRowUnit;
+    padded_rows = (end + shift + kRowUnit - 1) / kRowUnit * kRowUnit;
   }
+}
+
+std::vector<Wave> RowLayout::waves(int64_t floats_of_row, int64_t floats_of_expert,
+                                   int64_t floats) const {
+  std::vector<Wave> waves;
+  int64_t taken = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
+    const RowBlock& block = blocks[i];
+    const bool same_expert = i > 0 && block.used_expert == blocks[i - 1].used_expert;
+    const int64_t of_rows = kBlockRows * floats_of_row;
+    const int64_t wanted = of_rows + (same_expert ? 0 : floats_of_expert);
+    if (waves.empty() || taken + wanted > floats) {
+      waves.push_back({i, i, block.used_expert, block.used_expert, block.padded_row, 0});
+      taken = of_rows + floats_of_expert;
+    } else {
+      taken += wanted;
+    }
+    waves.back().end_block = i + 1;
+    waves.back().end_used_expert = block.used_expert + 1;
+    waves.back().end_padded_row =
+        (block.padded_row + block.count + kRowUnit - 1) / kRowUnit * kRowUnit;
+  }
+  return waves;
 }
 
 int64_t routing_scratch(const RoutingProblem& problem) { return target().routing_scratch(problem); }
@@ -71,12 +96,12 @@ void route_backward_piece(const RoutingProblem& problem, const float* grad_weigh
   target().route_backward_piece(problem, grad_weights, logits, chosen, grad_logits, piece, scratch);
 }
 
-int64_t pack_pieces(const ExpertsProblem& problem, const RowLayout& layout) {
-  return static_cast<int64_t>(layout.used_experts.size()) * panels_of_expert(problem);
+int64_t pack_pieces(const ExpertsProblem& problem, const Wave& wave) {
+  return (wave.end_used_expert - wave.first_used_expert) * panels_of_expert(problem);
 }
 
-int64_t weight_gradient_pieces(const ExpertsProblem& problem, const RowLayout& layout) {
-  return static_cast<int64_t>(layout.used_experts.size()) * gradient_blocks(problem);
+int64_t weight_gradient_pieces(const ExpertsProblem& problem, const Wave& wave) {
+  return (wave.end_used_expert - wave.first_used_expert) * gradient_blocks(problem);
 }
 
 int64_t combine_pieces(const ExpertsProblem& problem) {
@@ -88,8 +113,9 @@ int64_t experts_scratch(const ExpertsProblem& problem) { return target().experts
 void pack_piece(const ExpertsProblem& problem, const RowLayout& layout,
                 const ExpertWeights& weights, const Panels& panels, int64_t piece) {
   const int64_t of_expert = panels_of_expert(problem);
-  const int64_t expert = layout.used_experts[piece / of_expert];
-  target().pack_piece(problem, expert, weights, panels, piece % of_expert);
+  const int64_t used_expert = panels.first_used_expert + piece / of_expert;
+  target().pack_piece(problem, layout.used_experts[used_expert], used_expert, weights, panels,
+                      piece % of_expert);
 }
 
 void experts_forward_block(const ExpertsProblem& problem, const RowBlock& block,
@@ -102,14 +128,21 @@ void experts_backward_block(const ExpertsProblem& problem, const RowBlock& block
   target().experts_backward_block(problem, block, panels, rows, scratch);
 }
 
-void weight_gradient_piece(const ExpertsProblem& problem, const RowLayout& layout,
+void weight_gradient_piece(const ExpertsProblem& problem, const RowLayout& layout, const Wave& wave,
                            const BackwardRows& rows, const WeightGradients& gradients,
                            int64_t piece, float* scratch) {
   const int64_t of_expert = gradient_blocks(problem);
-  const int64_t expert = layout.used_experts[piece / of_expert];
-  target().weight_gradient_block(problem, expert, layout.first_padded_row[expert],
-                                 layout.end_padded_row[expert], rows, gradients, piece % of_expert,
-                                 scratch);
+  const int64_t used_expert = wave.first_used_expert + piece / of_expert;
+  const auto first = layout.blocks.begin() + wave.first_block;
+  const auto end = layout.blocks.begin() + wave.end_block;
+  const auto [begin_own, end_own] = std::equal_range(
+      first, end, RowBlock{0, used_expert, 0, 0, 0},
+      [](const RowBlock& x, const RowBlock& y) { return x.used_expert < y.used_expert; });
+  const RowBlock& last = *(end_own - 1);
+  target().weight_gradient_block(problem, last.expert,
+                                 begin_own->padded_row - wave.first_padded_row,
+                                 last.padded_row + last.count - wave.first_padded_row, rows,
+                                 gradients, piece % of_expert, scratch);
 }
 
 void combine_piece(const ExpertsProblem& problem, const RowLayout& layout, const float* rows,

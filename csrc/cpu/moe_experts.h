@@ -1,10 +1,11 @@
 // Gated feed-forward networks of many experts on a CPU, down(silu(gate(x)) * up(x)), in fp32; bf16
 // is widened when it is read. Free of torch headers.
 //
-// Rows, pairs of a token and an expert, are sorted by expert and cut into blocks. Whoever calls
-// runs the numbered pieces of work of one step, in any order and on any threads, each thread with
-// scratch memory of its own, then those of the next step; results do not depend on which thread
-// takes what. Forward: pack, forward, combine. Backward: pack, backward, weight gradients, combine.
+// Rows, pairs of a token and an expert, are sorted by expert and cut into blocks, and blocks are
+// taken in waves, so that working memory is limited. Whoever calls runs the numbered pieces of a
+// step, in any order and on any threads, each thread with scratch memory of its own, then those of
+// the next step; results do not depend on which thread takes what. A wave's steps are pack and
+// forward, or pack, backward and weight gradients; after all waves comes combine.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +18,20 @@ namespace megatron_kanana::cpu {
 constexpr int64_t kBlockRows = 64;  // rows of a block
 constexpr int64_t kPadding = 32;    // widths are padded to multiples of it: a block's of products
 
-// Blocks of rows of one expert, each expert's padded to a multiple of eight.
+// Rows of one expert. Each expert's rows are padded to a multiple of eight.
 struct RowBlock {
   int64_t expert;
+  int64_t used_expert;  // number among the experts that have rows
   int64_t first_row;
   int64_t count;
   int64_t padded_row;  // where the first lies among all padded rows
+};
+
+// Blocks that are computed at a time.
+struct Wave {
+  int64_t first_block, end_block;
+  int64_t first_used_expert, end_used_expert;
+  int64_t first_padded_row, end_padded_row;
 };
 
 struct ExpertsProblem {
@@ -47,23 +56,26 @@ struct ExpertsProblem {
 // The rows of all experts as blocks, and each row's place among padded rows.
 struct RowLayout {
   std::vector<RowBlock> blocks;
-  std::vector<int64_t> used_experts;                      // those that have rows
-  std::vector<int64_t> first_padded_row, end_padded_row;  // of each expert
+  std::vector<int64_t> used_experts;
   std::vector<int32_t> padded_row_of_row;
   int64_t padded_rows = 0;
 
   RowLayout(const int32_t* offsets, int64_t experts);
+
+  // Waves whose rows take `floats_of_row` each and whose experts `floats_of_expert` each, together
+  // at most `floats` where a wave has more than one block.
+  std::vector<Wave> waves(int64_t floats_of_row, int64_t floats_of_expert, int64_t floats) const;
 };
 
-// Weights laid out for products, see moe_products.h: for each expert the first and then the second.
+// Weights of a wave's experts laid out for products, see moe_products.h.
 struct Panels {
   float* data;
-  // Forward: gate_up transposed and down transposed. Backward: down and gate_up.
+  // Forward: gate_up transposed and down transposed. Backward: both as they are.
   bool transposed;
+  int64_t first_used_expert;
 
   int64_t floats_of_gate_up(const ExpertsProblem& problem) const {
-    return transposed ? 2 * problem.padded_width() * problem.hidden
-                      : problem.padded_hidden() * 2 * problem.padded_width();
+    return 2 * problem.padded_width() * (transposed ? problem.hidden : problem.padded_hidden());
   }
   int64_t floats_of_down(const ExpertsProblem& problem) const {
     return transposed ? problem.padded_hidden() * problem.width
@@ -72,11 +84,11 @@ struct Panels {
   int64_t floats_of_expert(const ExpertsProblem& problem) const {
     return floats_of_gate_up(problem) + floats_of_down(problem);
   }
-  float* gate_up(const ExpertsProblem& problem, int64_t expert) const {
-    return data + expert * floats_of_expert(problem);
+  float* gate_up(const ExpertsProblem& problem, int64_t used_expert) const {
+    return data + (used_expert - first_used_expert) * floats_of_expert(problem);
   }
-  float* down(const ExpertsProblem& problem, int64_t expert) const {
-    return gate_up(problem, expert) + floats_of_gate_up(problem);
+  float* down(const ExpertsProblem& problem, int64_t used_expert) const {
+    return gate_up(problem, used_expert) + floats_of_gate_up(problem);
   }
 };
 
@@ -97,12 +109,17 @@ struct BackwardRows {
   const void* pre_activation;  // [rows, 2 * width]
   const float* weights;        // [tokens, slots]; null: all are 1
   float* grad_weights;         // [tokens, slots], null with it; written where a slot has a row
-  // Of all padded rows: copies of the two inputs, and what is computed.
-  float* grad_out_rows;     // hidden stride
-  float* hidden_rows;       // hidden stride
-  float* grad_pre_rows;     // gate_up stride
-  float* activation_rows;   // width stride; times the row's weight
-  float* grad_hidden_rows;  // hidden stride
+  float* grad_hidden_rows;     // [padded rows, hidden stride]
+  // Of the padded rows of a wave: copies of the two inputs, and what is computed.
+  int64_t first_padded_row;
+  float* grad_out_rows;    // hidden stride
+  float* hidden_rows;      // hidden stride
+  float* grad_pre_rows;    // gate_up stride
+  float* activation_rows;  // width stride; times the row's weight
+
+  static int64_t floats_of_row(const ExpertsProblem& problem) {
+    return 2 * problem.hidden_stride() + problem.gate_up_stride() + problem.width_stride();
+  }
 };
 
 struct WeightGradients {
@@ -110,9 +127,9 @@ struct WeightGradients {
   float* down;     // [experts, hidden, width], added to
 };
 
-// Pieces of each step.
-int64_t pack_pieces(const ExpertsProblem& problem, const RowLayout& layout);
-int64_t weight_gradient_pieces(const ExpertsProblem& problem, const RowLayout& layout);
+// Pieces of each step; forward and backward have the wave's blocks as pieces.
+int64_t pack_pieces(const ExpertsProblem& problem, const Wave& wave);
+int64_t weight_gradient_pieces(const ExpertsProblem& problem, const Wave& wave);
 int64_t combine_pieces(const ExpertsProblem& problem);
 
 // Floats that one thread's scratch must have, for any step.
@@ -127,7 +144,7 @@ void experts_forward_block(const ExpertsProblem& problem, const RowBlock& block,
 void experts_backward_block(const ExpertsProblem& problem, const RowBlock& block,
                             const Panels& panels, const BackwardRows& rows, float* scratch);
 
-void weight_gradient_piece(const ExpertsProblem& problem, const RowLayout& layout,
+void weight_gradient_piece(const ExpertsProblem& problem, const RowLayout& layout, const Wave& wave,
                            const BackwardRows& rows, const WeightGradients& gradients,
                            int64_t piece, float* scratch);
 

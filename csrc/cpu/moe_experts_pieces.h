@@ -22,13 +22,13 @@ inline WeightMatrix down_matrix(const ExpertsProblem& problem, const ExpertWeigh
           problem.hidden, problem.padded_hidden(), problem.width};
 }
 
-// Piece `piece` < used experts * panels of both matrices, whichever way they lie.
-inline void pack_piece(const ExpertsProblem& problem, int64_t expert, const ExpertWeights& weights,
-                       const Panels& panels, int64_t panel) {
+// Panel `panel` of an expert: first those of gate_up, then those of down, then none.
+inline void pack_piece(const ExpertsProblem& problem, int64_t expert, int64_t used_expert,
+                       const ExpertWeights& weights, const Panels& panels, int64_t panel) {
   const WeightMatrix gate_up = gate_up_matrix(problem, weights, expert);
   const WeightMatrix down = down_matrix(problem, weights, expert);
-  float* const gate_up_panels = panels.gate_up(problem, expert);
-  float* const down_panels = panels.down(problem, expert);
+  float* const gate_up_panels = panels.gate_up(problem, used_expert);
+  float* const down_panels = panels.down(problem, used_expert);
   const int64_t gate_up_columns =
       panels.transposed ? 2 * problem.padded_width() : problem.padded_hidden();
   const int64_t behind = panel - gate_up_columns / kColumn;
@@ -91,7 +91,7 @@ inline void experts_forward_block(const ExpertsProblem& problem, const RowBlock&
   const int64_t padded_rows = padded_to_rows(block.count), half = problem.padded_width();
   gather_rows(problem, block, rows.hidden_states, scratch.hidden);
   product_with_panels(scratch.hidden, problem.hidden_stride(), padded_rows,
-                      panels.gate_up(problem, block.expert), problem.hidden, 2 * half,
+                      panels.gate_up(problem, block.used_expert), problem.hidden, 2 * half,
                       scratch.gate_up, problem.gate_up_stride());
   for (int64_t i = 0; i < padded_rows; ++i) {
     const float* const gate = scratch.gate_up + i * problem.gate_up_stride();
@@ -107,10 +107,10 @@ inline void experts_forward_block(const ExpertsProblem& problem, const RowBlock&
       write_row(up, problem.width, rows.pre_activation, problem.dtype, place + problem.width);
     }
   }
-  product_with_panels(scratch.activation, problem.width_stride(), padded_rows,
-                      panels.down(problem, block.expert), problem.width, problem.padded_hidden(),
-                      rows.out_rows + block.padded_row * problem.hidden_stride(),
-                      problem.hidden_stride());
+  product_with_panels(
+      scratch.activation, problem.width_stride(), padded_rows,
+      panels.down(problem, block.used_expert), problem.width, problem.padded_hidden(),
+      rows.out_rows + block.padded_row * problem.hidden_stride(), problem.hidden_stride());
 }
 
 // From the gradient of a row's activation before its weight, and its pre-activation: the gradient
@@ -141,13 +141,13 @@ inline void experts_backward_block(const ExpertsProblem& problem, const RowBlock
   const ExpertsScratch scratch(problem, scratch_data);
   const int64_t padded_rows = padded_to_rows(block.count), half = problem.padded_width();
   const int64_t hidden_stride = problem.hidden_stride();
-  float* const grad_out = rows.grad_out_rows + block.padded_row * hidden_stride;
-  float* const grad_pre = rows.grad_pre_rows + block.padded_row * problem.gate_up_stride();
-  float* const activation = rows.activation_rows + block.padded_row * problem.width_stride();
+  const int64_t place = block.padded_row - rows.first_padded_row;
+  float* const grad_out = rows.grad_out_rows + place * hidden_stride;
+  float* const grad_pre = rows.grad_pre_rows + place * problem.gate_up_stride();
+  float* const activation = rows.activation_rows + place * problem.width_stride();
   gather_rows(problem, block, rows.grad_out, grad_out);
-  gather_rows(problem, block, rows.hidden_states,
-              rows.hidden_rows + block.padded_row * hidden_stride);
-  product_with_panels(grad_out, hidden_stride, padded_rows, panels.down(problem, block.expert),
+  gather_rows(problem, block, rows.hidden_states, rows.hidden_rows + place * hidden_stride);
+  product_with_panels(grad_out, hidden_stride, padded_rows, panels.down(problem, block.used_expert),
                       problem.hidden, half, scratch.activation, problem.width_stride());
   for (int64_t i = 0; i < padded_rows; ++i) {
     float* const grad_pre_row = grad_pre + i * problem.gate_up_stride();
@@ -169,7 +169,7 @@ inline void experts_backward_block(const ExpertsProblem& problem, const RowBlock
     if (rows.grad_weights != nullptr) rows.grad_weights[slot] = grad_weight;
   }
   product_with_panels(grad_pre, problem.gate_up_stride(), padded_rows,
-                      panels.gate_up(problem, block.expert), 2 * half, problem.padded_hidden(),
+                      panels.gate_up(problem, block.used_expert), 2 * half, problem.padded_hidden(),
                       rows.grad_hidden_rows + block.padded_row * hidden_stride, hidden_stride);
 }
 
@@ -191,7 +191,8 @@ inline void add_weight_gradient(const float* left, int64_t left_stride, int64_t 
   }
 }
 
-// Block `block` of an expert's gradients: first those of gate_up, then those of down.
+// Block `block` of an expert's gradients, first those of gate_up, then those of down, from the
+// wave's rows [first_row, end_row).
 inline void weight_gradient_block(const ExpertsProblem& problem, int64_t expert, int64_t first_row,
                                   int64_t end_row, const BackwardRows& rows,
                                   const WeightGradients& gradients, int64_t block, float* scratch) {

@@ -16,7 +16,8 @@ struct MoeTarget {
   void (*route_backward_piece)(const RoutingProblem&, const float*, const float*, const int32_t*,
                                float*, int64_t, float*);
   int64_t (*experts_scratch)(const ExpertsProblem&);
-  void (*pack_piece)(const ExpertsProblem&, int64_t, const ExpertWeights&, const Panels&, int64_t);
+  void (*pack_piece)(const ExpertsProblem&, int64_t, int64_t, const ExpertWeights&, const Panels&,
+                     int64_t);
   void (*experts_forward_block)(const ExpertsProblem&, const RowBlock&, const Panels&,
                                 const ForwardRows&, float*);
   void (*experts_backward_block)(const ExpertsProblem&, const RowBlock&, const Panels&,

@@ -3,13 +3,16 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../cpu/moe_experts.h"
 #include "../cpu/moe_routing.h"
 #include "moe_checks.h"
 #include "pieces.h"
+#include "workspace.h"
 
 namespace megatron_kanana {
 namespace {
@@ -104,9 +107,8 @@ cpu::Dtype dtype_of(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat ? cpu::Dtype::kFloat32 : cpu::Dtype::kBfloat16;
 }
 
-at::Tensor empty_rows(int64_t rows, int64_t stride) {
-  return at::empty({rows, stride}, at::kFloat);
-}
+// Floats of a wave: 64 MiB.
+constexpr int64_t kWaveFloats = 16 << 20;
 
 // What both networks compute, with an empty list of slots where every token visits the one expert.
 struct ExpertsArguments {
@@ -115,24 +117,33 @@ struct ExpertsArguments {
   cpu::ExpertWeights expert_weights;
 };
 
-at::Tensor packed(const ExpertsArguments& arguments, bool transposed) {
-  const cpu::ExpertsProblem& problem = arguments.problem;
-  cpu::Panels panels = {nullptr, transposed};
-  at::Tensor data = at::empty({problem.experts, panels.floats_of_expert(problem)}, at::kFloat);
-  panels.data = data.mutable_data_ptr<float>();
-  for_each_piece(cpu::pack_pieces(problem, arguments.layout), 0, [&](int64_t piece, float*) {
-    cpu::pack_piece(problem, arguments.layout, arguments.expert_weights, panels, piece);
+cpu::Panels pack(const ExpertsArguments& arguments, const cpu::Wave& wave, bool transposed,
+                 float* data) {
+  const cpu::Panels panels = {data, transposed, wave.first_used_expert};
+  for_each_piece(cpu::pack_pieces(arguments.problem, wave), 0, [&](int64_t piece, float*) {
+    cpu::pack_piece(arguments.problem, arguments.layout, arguments.expert_weights, panels, piece);
   });
-  return data;
+  return panels;
 }
 
-void combine(const ExpertsArguments& arguments, const at::Tensor& rows, const float* weights,
+// The most floats that any wave takes.
+int64_t floats_of_waves(const std::vector<cpu::Wave>& waves, int64_t floats_of_row,
+                        int64_t floats_of_expert) {
+  int64_t most = 0;
+  for (const cpu::Wave& wave : waves) {
+    most = std::max(most, (wave.end_padded_row - wave.first_padded_row) * floats_of_row +
+                              (wave.end_used_expert - wave.first_used_expert) * floats_of_expert);
+  }
+  return most;
+}
+
+void combine(const ExpertsArguments& arguments, const float* rows, const float* weights,
              const at::Tensor& out) {
-  for_each_piece(cpu::combine_pieces(arguments.problem), cpu::experts_scratch(arguments.problem),
+  const cpu::ExpertsProblem& problem = arguments.problem;
+  for_each_piece(cpu::combine_pieces(problem), cpu::experts_scratch(problem),
                  [&](int64_t piece, float* scratch) {
-                   cpu::combine_piece(arguments.problem, arguments.layout,
-                                      rows.const_data_ptr<float>(), weights, out.mutable_data_ptr(),
-                                      piece, scratch);
+                   cpu::combine_piece(problem, arguments.layout, rows, weights,
+                                      out.mutable_data_ptr(), piece, scratch);
                  });
 }
 
@@ -141,18 +152,24 @@ std::tuple<at::Tensor, at::Tensor> forward(const ExpertsArguments& arguments, in
   const auto& [problem, layout, expert_weights] = arguments;
   at::Tensor out = at::empty(hidden_states.sizes(), hidden_states.options());
   at::Tensor pre_activation = at::empty({rows, 2 * problem.width}, hidden_states.options());
-  const at::Tensor panels = packed(arguments, true);
-  const at::Tensor out_rows = empty_rows(layout.padded_rows, problem.hidden_stride());
+  const int64_t floats_of_expert = cpu::Panels{nullptr, true, 0}.floats_of_expert(problem);
+  const auto waves = layout.waves(0, floats_of_expert, kWaveFloats);
+  const int64_t out_floats = layout.padded_rows * problem.hidden_stride();
+  const int64_t wave_floats = floats_of_waves(waves, 0, floats_of_expert);
+  Workspace workspace(out_floats + wave_floats);
   const cpu::ForwardRows forward_rows = {hidden_states.const_data_ptr(),
                                          pre_activation.mutable_data_ptr(),
-                                         out_rows.mutable_data_ptr<float>()};
-  for_each_piece(static_cast<int64_t>(layout.blocks.size()), cpu::experts_scratch(problem),
-                 [&](int64_t piece, float* scratch) {
-                   cpu::experts_forward_block(problem, layout.blocks[piece],
-                                              {panels.mutable_data_ptr<float>(), true},
-                                              forward_rows, scratch);
-                 });
-  combine(arguments, out_rows, weights, out);
+                                         workspace.take(out_floats)};
+  float* const panel_data = workspace.take(wave_floats);
+  for (const cpu::Wave& wave : waves) {
+    const cpu::Panels panels = pack(arguments, wave, true, panel_data);
+    for_each_piece(wave.end_block - wave.first_block, cpu::experts_scratch(problem),
+                   [&](int64_t piece, float* scratch) {
+                     cpu::experts_forward_block(problem, layout.blocks[wave.first_block + piece],
+                                                panels, forward_rows, scratch);
+                   });
+  }
+  combine(arguments, forward_rows.out_rows, weights, out);
   return {out, pre_activation};
 }
 
@@ -161,37 +178,45 @@ at::Tensor backward(const ExpertsArguments& arguments, const at::Tensor& grad_ou
                     const float* weights, float* grad_weights, const at::Tensor& grad_gate_up,
                     const at::Tensor& grad_down) {
   const auto& [problem, layout, expert_weights] = arguments;
-  const at::Tensor panels = packed(arguments, false);
-  const int64_t rows = layout.padded_rows;
-  const at::Tensor grad_out_rows = empty_rows(rows, problem.hidden_stride());
-  const at::Tensor hidden_rows = empty_rows(rows, problem.hidden_stride());
-  const at::Tensor grad_pre_rows = empty_rows(rows, problem.gate_up_stride());
-  const at::Tensor activation_rows = empty_rows(rows, problem.width_stride());
-  const at::Tensor grad_hidden_rows = empty_rows(rows, problem.hidden_stride());
-  const cpu::BackwardRows backward_rows = {grad_out.const_data_ptr(),
-                                           hidden_states.const_data_ptr(),
-                                           pre_activation.const_data_ptr(),
-                                           weights,
-                                           grad_weights,
-                                           grad_out_rows.mutable_data_ptr<float>(),
-                                           hidden_rows.mutable_data_ptr<float>(),
-                                           grad_pre_rows.mutable_data_ptr<float>(),
-                                           activation_rows.mutable_data_ptr<float>(),
-                                           grad_hidden_rows.mutable_data_ptr<float>()};
-  const int64_t scratch_floats = cpu::experts_scratch(problem);
-  for_each_piece(static_cast<int64_t>(layout.blocks.size()), scratch_floats,
-                 [&](int64_t piece, float* scratch) {
-                   cpu::experts_backward_block(problem, layout.blocks[piece],
-                                               {panels.mutable_data_ptr<float>(), false},
-                                               backward_rows, scratch);
-                 });
+  const int64_t floats_of_row = cpu::BackwardRows::floats_of_row(problem);
+  const int64_t floats_of_expert = cpu::Panels{nullptr, false, 0}.floats_of_expert(problem);
+  const auto waves = layout.waves(floats_of_row, floats_of_expert, kWaveFloats);
+  const int64_t grad_hidden_floats = layout.padded_rows * problem.hidden_stride();
+  const int64_t wave_floats = floats_of_waves(waves, floats_of_row, floats_of_expert);
+  Workspace workspace(grad_hidden_floats + wave_floats);
+  float* const grad_hidden_rows = workspace.take(grad_hidden_floats);
+  float* const wave_data = workspace.take(wave_floats);
   const cpu::WeightGradients gradients = {grad_gate_up.mutable_data_ptr<float>(),
                                           grad_down.mutable_data_ptr<float>()};
-  for_each_piece(cpu::weight_gradient_pieces(problem, layout), scratch_floats,
-                 [&](int64_t piece, float* scratch) {
-                   cpu::weight_gradient_piece(problem, layout, backward_rows, gradients, piece,
-                                              scratch);
-                 });
+  const int64_t scratch_floats = cpu::experts_scratch(problem);
+  for (const cpu::Wave& wave : waves) {
+    const int64_t rows = wave.end_padded_row - wave.first_padded_row;
+    float* const hidden_rows = wave_data + rows * problem.hidden_stride();
+    float* const grad_pre_rows = hidden_rows + rows * problem.hidden_stride();
+    float* const activation_rows = grad_pre_rows + rows * problem.gate_up_stride();
+    const cpu::BackwardRows backward_rows = {grad_out.const_data_ptr(),
+                                             hidden_states.const_data_ptr(),
+                                             pre_activation.const_data_ptr(),
+                                             weights,
+                                             grad_weights,
+                                             grad_hidden_rows,
+                                             wave.first_padded_row,
+                                             wave_data,
+                                             hidden_rows,
+                                             grad_pre_rows,
+                                             activation_rows};
+    const cpu::Panels panels = pack(arguments, wave, false, wave_data + rows * floats_of_row);
+    for_each_piece(wave.end_block - wave.first_block, scratch_floats,
+                   [&](int64_t piece, float* scratch) {
+                     cpu::experts_backward_block(problem, layout.blocks[wave.first_block + piece],
+                                                 panels, backward_rows, scratch);
+                   });
+    for_each_piece(cpu::weight_gradient_pieces(problem, wave), scratch_floats,
+                   [&](int64_t piece, float* scratch) {
+                     cpu::weight_gradient_piece(problem, layout, wave, backward_rows, gradients,
+                                                piece, scratch);
+                   });
+  }
   at::Tensor grad_hidden_states = at::empty(hidden_states.sizes(), hidden_states.options());
   combine(arguments, grad_hidden_rows, nullptr, grad_hidden_states);
   return grad_hidden_states;
