@@ -172,7 +172,9 @@ def routing(
     scores_TX = logits_TX.sigmoid()
     experts_TK = (scores_TX + bias_X).topk(case.experts_per_token, dim=1).indices
     weights_TK = scores_TX.gather(1, experts_TK)
-    return weights_TK * (case.scaling_factor / weights_TK.sum(1, keepdim=True)), experts_TK
+    if case.experts_per_token > 1:
+        weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + 1e-20)
+    return weights_TK * case.scaling_factor, experts_TK
 
 
 def compiled_routing(
