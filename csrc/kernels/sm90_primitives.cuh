@@ -97,6 +97,24 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* so
       : "memory");
 }
 
+// The same of tensors of three dimensions.
+__device__ __forceinline__ void load_box(void* destination, const CUtensorMap* map,
+                                         uint64_t* barrier, int column, int row, int matrix) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(matrix)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const void* source, int column,
+                                          int row, int matrix) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(shared_address(source)), "r"(column), "r"(row), "r"(matrix)
+      : "memory");
+}
+
 __device__ __forceinline__ void load_bytes(void* destination, const void* source, uint32_t bytes,
                                            uint64_t* barrier) {
   asm volatile(
@@ -119,14 +137,43 @@ __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Shared memory of all stores committed may be written again.
+// Shared memory of all stores committed, but for the last `kPending` groups, may be written again.
+template <int kPending = 0>
 __device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // All stores committed are in global memory.
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// --- copies of single threads ----------------------------------------------------------------
+
+// 16 bytes to shared memory, of which the first `bytes` are read, and the others are zero.
+__device__ __forceinline__ void copy_16_bytes(uint32_t destination, const void* source,
+                                              uint32_t bytes = 16) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination),
+               "l"(source), "r"(bytes)
+               : "memory");
+}
+
+// Arrives, as one of those the barrier was initialised for, once this thread's copies are there.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// --- sums in global memory -------------------------------------------------------------------
+
+__device__ __forceinline__ void add_float(float* address, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void add_two_floats(float* address, float first, float second) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first),
+               "f"(second)
+               : "memory");
 }
 
 // --- registers -------------------------------------------------------------------------------
@@ -153,11 +200,24 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+__device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000)};
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l names the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
                                                uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// The same the other way.
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t& a, uint32_t& b,
+                                              uint32_t& c, uint32_t& d) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
                : "memory");
 }
 

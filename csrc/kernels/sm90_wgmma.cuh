@@ -70,6 +70,12 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
 #define REGISTERS_5                          \
   "%80, %81, %82, %83, %84, %85, %86, %87, " \
   "%88, %89, %90, %91, %92, %93, %94, %95"
+#define REGISTERS_6                              \
+  "%96, %97, %98, %99, %100, %101, %102, %103, " \
+  "%104, %105, %106, %107, %108, %109, %110, %111"
+#define REGISTERS_7                                  \
+  "%112, %113, %114, %115, %116, %117, %118, %119, " \
+  "%120, %121, %122, %123, %124, %125, %126, %127"
 #define IN_OUT_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define IN_OUT_16(k) \
   IN_OUT_4(16 * k), IN_OUT_4(16 * k + 4), IN_OUT_4(16 * k + 8), IN_OUT_4(16 * k + 12)
@@ -80,6 +86,9 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
 #define IN_OUT_128 IN_OUT_16(0), IN_OUT_16(1), IN_OUT_16(2), IN_OUT_16(3)
 #define IN_OUT_192 \
   IN_OUT_16(0), IN_OUT_16(1), IN_OUT_16(2), IN_OUT_16(3), IN_OUT_16(4), IN_OUT_16(5)
+#define IN_OUT_256                                                                    \
+  IN_OUT_16(0), IN_OUT_16(1), IN_OUT_16(2), IN_OUT_16(3), IN_OUT_16(4), IN_OUT_16(5), \
+      IN_OUT_16(6), IN_OUT_16(7)
 
 // The numbers are those of the operands that follow the accumulators.
 #define WGMMA_SHARED(n, registers, in_out, a_, b_, accumulate_, transpose_a_, transpose_b_)      \
@@ -119,6 +128,11 @@ __device__ __forceinline__ void wgmma(float (&d)[kHalf], uint64_t a, uint64_t b,
                  REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3 ", " REGISTERS_4
                              ", " REGISTERS_5,
                  IN_OUT_192, 96, 97, 98, 99, 100);
+  } else if constexpr (kColumns == 256) {
+    WGMMA_SHARED(256,
+                 REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3 ", " REGISTERS_4
+                             ", " REGISTERS_5 ", " REGISTERS_6 ", " REGISTERS_7,
+                 IN_OUT_256, 128, 129, 130, 131, 132);
   } else {
     static_assert(kColumns == 0, "this width is not there");
   }
@@ -147,6 +161,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kHalf], const uint32_t (&a)[4],
 #undef REGISTERS_3
 #undef REGISTERS_4
 #undef REGISTERS_5
+#undef REGISTERS_6
+#undef REGISTERS_7
 #undef IN_OUT_4
 #undef IN_OUT_16
 #undef IN_OUT_32
@@ -154,5 +170,6 @@ __device__ __forceinline__ void wgmma(float (&d)[kHalf], const uint32_t (&a)[4],
 #undef IN_OUT_96
 #undef IN_OUT_128
 #undef IN_OUT_192
+#undef IN_OUT_256
 
 }  // namespace megatron_kanana::sm90

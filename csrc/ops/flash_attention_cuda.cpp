@@ -1,21 +1,16 @@
-// Flash attention on Hopper GPUs by csrc/kernels. Needs no CUDA headers: the stream is a pointer.
+// Flash attention on Hopper GPUs by csrc/kernels. Needs no CUDA headers.
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "../kernels/flash_attention.h"
+#include "cuda_stream.h"
 #include "flash_attention_checks.h"
 
 namespace megatron_kanana {
 namespace {
-
-void* current_stream(const at::Tensor& tensor) {
-  const c10::impl::VirtualGuardImpl device(tensor.device().type());
-  return device.getStream(tensor.device()).native_handle();
-}
 
 // Sizes of 1 may have any stride, which the copy engine would refuse.
 AttentionTensor attention_tensor(const at::Tensor& tensor, const char* name) {

@@ -1,0 +1,90 @@
+// The experts' gate and up projections and their activation, of gathered rows.
+#include <cuda_runtime.h>
+
+#include "sm90_experts_launch.h"
+#include "swiglu.cuh"
+
+namespace megatron_kanana {
+namespace sm90 {
+namespace {
+
+// A tile's columns are 128 of the gate, and the same 128 of up: a thread has both.
+class UpForward {
+ public:
+  static constexpr int kColumns = 256;
+  static constexpr int kColumnStep = 128;
+
+  static constexpr int kLoadedStages = 0;
+
+  struct Arguments {
+    CUtensorMap gate, up, activation;
+  };
+  struct Shared {
+    uint8_t staged[2][kStagedBytes];
+  };
+
+  __device__ UpForward(const Arguments& arguments, Shared& shared, int warpgroup)
+      : arguments_(arguments), staged_(shared.staged, 1 + warpgroup) {}
+
+  __device__ __forceinline__ void begin(const RowTile&, int, int) {}
+
+  __device__ __forceinline__ void finish(const float (&sums)[kColumns / 2], const RowTile& tile,
+                                         int first_row, int valid_rows) {
+    const int column = tile.column_tile * kColumnStep;
+    finish_chunk<0>(sums, column, first_row, valid_rows);
+    finish_chunk<32>(sums, column + kChunk, first_row, valid_rows);
+  }
+
+  __device__ __forceinline__ void end() { staged_.end(); }
+
+ private:
+  template <int kFirst>
+  __device__ __forceinline__ void finish_chunk(const float (&sums)[kColumns / 2], int column,
+                                               int first_row, int valid_rows) {
+    constexpr int kUp = kColumns / 4 + kFirst;
+    uint32_t packed[4][4];
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      packed[i / 8][i / 2 % 4] = pack_bf16(swiglu(sums[kFirst + i], sums[kUp + i]),
+                                           swiglu(sums[kFirst + i + 1], sums[kUp + i + 1]));
+    }
+    staged_.store(packed, &arguments_.activation, column, first_row, valid_rows);
+    pack_columns<kFirst>(sums, packed);
+    staged_.store(packed, &arguments_.gate, column, first_row, valid_rows);
+    pack_columns<kUp>(sums, packed);
+    staged_.store(packed, &arguments_.up, column, first_row, valid_rows);
+  }
+
+  const Arguments& arguments_;
+  StagedRows staged_;
+};
+
+}  // namespace
+}  // namespace sm90
+
+void experts_up_forward(const ExpertSizes& sizes, const ExpertRows& rows, const void* hidden_states,
+                        const void* gate_up, void* pre_activation, void* activation, void* stream) {
+  using namespace sm90;
+  using Matmul = RowMatmul<true, false, 4, UpForward>;
+  if (sizes.rows == 0) return;
+  enter_device();
+  const int width = sizes.width;
+  launch_row_matmul<Matmul>(
+      {
+          .a = {},
+          .b = weights_map(gate_up, sizes.experts, 2 * width, sizes.hidden_size,
+                           UpForward::kColumnStep),
+          .gathered = gathered_rows(sizes, rows, hidden_states),
+          .groups = row_groups(sizes, rows),
+          .depth = sizes.hidden_size,
+          .column_tiles = (width + UpForward::kColumnStep - 1) / UpForward::kColumnStep,
+          .second_half = width,
+          .epilogue = {.gate = open_rows_map(pre_activation, sizes.rows, width, 2 * width),
+                       .up = open_rows_map(columns_from(pre_activation, width), sizes.rows, width,
+                                           2 * width),
+                       .activation = open_rows_map(activation, sizes.rows, width, width)},
+      },
+      "experts_up_forward", stream);
+}
+
+}  // namespace megatron_kanana
