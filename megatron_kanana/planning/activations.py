@@ -12,9 +12,13 @@ width s, E experts, and two bytes an element:
 | MLA | 2(k + r) + 2k + 4, with q_lora 4 q_lora + 4 more | the same |
 | core attention | queries, keys 2Hq each, values, output 2Hv each, fp32 LSE 4H | the same |
 | activation of width f, f-wide input of the down projection included | 10f | 6f |
-| routed experts | gathered tokens 2Kd, and 12Kn: probabilities weigh the 10f in fp32 | 2Kd + 6Kn |
-| router | fp32 logits and scores, top-k, permutation: 17E + 28K + 12 | the same |
+| routed experts | csrc: pre-activations 4Kn; torch: 8Kd + 14Kn | 2Kd + 6Kn |
+| shared experts | csrc 4s, torch 14s | 6s |
+| router | csrc: logits, choice, order 4E + 16K + 4; torch: 16E + 16K + 8 | 17E + 28K + 12 |
 | loss, V words | softmax 4V, while logits 2V exist | logits 2V, overwritten by their gradient |
+
+Where tokens come from other processes, csrc's experts keep what comes (`arrived_bytes`). Versions
+before `kernels.moe` kept 2Kd + 12Kn, 10s and 17E + 32K + 12.
 
 Core attention keeps the same with SDPA and with `csrc`. While SDPA's finds the largest logits there
 are 1,024 rows of them, 6 bytes each; csrc's backward pass holds `attention_backward_bytes`.
@@ -28,6 +32,7 @@ import dataclasses
 
 from .architecture import Architecture
 from .calibration import Implementation
+from .communication import distinct
 from .layout import Layout, Stage
 
 MAX_LOGIT_ROWS = 1024  # the same of kernels/attention/fused_torch.py
@@ -80,14 +85,26 @@ def feed_forward_bytes(
         result["activation"] = gated_bytes(architecture.ffn_hidden_size, implementation)
         return result
     visited, width = architecture.num_experts_per_token, architecture.expert_hidden_size
-    result["router"] = 17.0 * architecture.num_experts + 28 * visited + 12
-    result["gathered tokens"] = 2.0 * visited * hidden
-    result["experts"] = visited * (
-        gated_bytes(width, implementation) + (0 if implementation.fused else 2 * width + 4)
-    )
+    experts = implementation.experts
+    of_expert, of_visit, of_token = experts.router
+    result["router"] = of_expert * architecture.num_experts + of_visit * visited + of_token
+    result["gathered tokens"] = experts.hidden * visited * hidden
+    result["experts"] = experts.width * visited * width
     if architecture.shared_hidden_size:
-        result["shared experts"] = gated_bytes(architecture.shared_hidden_size, implementation)
+        result["shared experts"] = experts.shared * architecture.shared_hidden_size
     return result
+
+
+def arrived_bytes(architecture: Architecture, layout: Layout) -> float:
+    """Of a token that is sent to its experts, once to each process, on average.
+
+    A row there has its hidden state, the numbers and weights of its slots and their order.
+    """
+    if layout.expert * layout.expert_tensor == 1:
+        return 0.0
+    visited = architecture.num_experts_per_token
+    rows = distinct(layout.expert, visited) * layout.expert_tensor
+    return rows * (2.0 * architecture.hidden_size + 12 * visited + 8)
 
 
 def layer_bytes(
@@ -105,6 +122,8 @@ def layer_bytes(
     attention = attention_bytes(architecture)
     feed_forward = feed_forward_bytes(architecture, implementation, is_moe=is_moe)
     if is_moe:
+        if implementation.experts.single_launch:
+            feed_forward["gathered tokens"] += arrived_bytes(architecture, layout)
         for part in ("gathered tokens", "experts"):
             feed_forward[part] *= layout.expert_load
     kept = sum(attention.values()) + sum(feed_forward.values())
@@ -144,8 +163,10 @@ def stage_bytes(
     kept += 8.0 * tokens if stage.embedding else 0.0
     if not stage.output:  # what went to the next stage stays until its gradient comes
         kept += 2.0 * hidden * tokens / layout.tensor
-    passing = 6.0 * hidden  # of experts: three copies of the gathered tokens
+    passing = 6.0 * hidden
     if has_experts:
+        of_hidden, of_width = implementation.experts.passing
+        passing = of_hidden * hidden + of_width * architecture.expert_hidden_size
         passing *= architecture.num_experts_per_token * layout.expert_load
     transient = passing * tokens / layout.tensor
     if implementation.attention.counts_backward and stage.dense + stage.moe + stage.mtp > 0:

@@ -103,6 +103,68 @@ CSRC_DETERMINISTIC = Attention(
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Who computes routing and experts, and the bytes that it keeps and needs of a token.
+
+    A visit is a token at one of its experts.
+
+    Attributes:
+        name: for reports; a value of `kernels.moe_backend` where it is one of this version's.
+        hidden: bytes kept of a visit for each element of the hidden size.
+        width: the same for each element of an expert's width.
+        shared: bytes kept of a token for each element of the shared experts' width.
+        router: bytes kept for each expert of the layer and token, for each visit, and a token.
+        passing: bytes that a visit needs for a while, for each element of hidden size and width.
+        fused: whether activation functions and weights of the experts are in their products.
+        single_launch: whether the host launches as much however many experts there are, and waits
+            for their counts only where tokens leave the process.
+    """
+
+    name: str
+    hidden: float
+    width: float
+    shared: float
+    router: tuple[float, float, float]
+    passing: tuple[float, float] = (6.0, 0.0)
+    fused: bool = False
+    single_launch: bool = False
+
+
+CSRC_EXPERTS = Experts(
+    "csrc",
+    hidden=0.0,
+    width=4.0,
+    shared=4.0,
+    router=(4.0, 16.0, 4.0),
+    passing=(2.0, 6.0),
+    fused=True,
+    single_launch=True,
+)
+"""This version's kernels: pre-activations alone are kept. Backward, a visit's gradients of hidden
+state and pre-activation and its activation are there for a while, in bf16."""
+
+PLAIN_EXPERTS = Experts(
+    "torch",
+    hidden=8.0,
+    width=14.0,
+    shared=14.0,
+    router=(16.0, 16.0, 8.0),
+    passing=(12.0, 0.0),
+)
+"""This version in plain torch, the reference; what passes is counted, not measured."""
+
+SEQUENTIAL_EXPERTS = Experts(
+    "one after another", hidden=2.0, width=12.0, shared=10.0, router=(17.0, 32.0, 12.0)
+)
+"""megatron-core's, which the version had that `measured.OURS` was measured with."""
+
+GROUPED_EXPERTS = Experts(
+    "grouped", hidden=2.0, width=6.0, shared=6.0, router=(17.0, 28.0, 12.0), fused=True
+)
+"""megatron-core's with Transformer Engine."""
+
+
+@dataclass(frozen=True)
 class Implementation:
     """How layers are computed: what is fused, and how long a process takes to launch it.
 
@@ -110,21 +172,22 @@ class Implementation:
         name: for reports.
         fused: whether activation functions, rotary embedding, cross-entropy, permutation and the
             addition of weight gradients are single kernels.
-        grouped_experts: whether the experts' products are one launch for all of them.
+        experts: who computes routing and experts.
         attention: who computes attention itself.
-        deduplicates: whether a token is sent once to a node however many of its experts lie there
-            (DeepEP), or once for each expert (all-to-all).
+        sends_once: to what a token is sent once, however many of its experts lie there: 'expert'
+            (megatron-core's all-to-all), 'process' (ours) or 'node' (DeepEP).
         host_layer: seconds to launch a layer's attention and norms, forward and backward.
         host_moe: seconds to launch router, dispatch and shared experts, forward and backward.
-        host_expert: seconds for each routed expert of the process, by format of computation.
+        host_expert: seconds for each routed expert of the process, by format of computation, where
+            they are not launched together.
         host_stage: seconds for embedding, output layer, loss and the like, forward and backward.
     """
 
     name: str
     fused: bool
-    grouped_experts: bool
+    experts: Experts
     attention: Attention
-    deduplicates: bool
+    sends_once: str
     host_layer: float
     host_moe: float
     host_expert: dict[str, float] = field(hash=False)
@@ -134,9 +197,9 @@ class Implementation:
 TRANSFORMER_ENGINE = Implementation(
     name="transformer_engine",
     fused=True,
-    grouped_experts=True,
+    experts=GROUPED_EXPERTS,
     attention=FUSED,
-    deduplicates=False,
+    sends_once="expert",
     # peers: a layer's 128 experts take 22 ms in bf16, and 61 in fp8, whatever the number of tokens
     # below 32K. What of that does not depend on the number of experts is our estimate.
     host_moe=4e-3,
@@ -150,9 +213,9 @@ TRANSFORMER_ENGINE = Implementation(
 DEEPEP = Implementation(
     name="transformer_engine_deepep",
     fused=True,
-    grouped_experts=True,
+    experts=GROUPED_EXPERTS,
     attention=FUSED,
-    deduplicates=True,
+    sends_once="node",
     host_moe=TRANSFORMER_ENGINE.host_moe,
     host_expert=TRANSFORMER_ENGINE.host_expert,
     host_layer=TRANSFORMER_ENGINE.host_layer,
@@ -163,9 +226,9 @@ DEEPEP = Implementation(
 TORCH = Implementation(
     name="torch",
     fused=False,
-    grouped_experts=False,
+    experts=SEQUENTIAL_EXPERTS,
     attention=SDPA,
-    deduplicates=False,
+    sends_once="process",
     host_moe=TRANSFORMER_ENGINE.host_moe,
     # cards: the least squares of log errors of what measured.OURS has of time, which are 0.45 s
     # (Muon) and 0.51 s (AdamW) a microbatch in optimizer_step_h100, with SDPA's attention, and 0.38
@@ -174,8 +237,8 @@ TORCH = Implementation(
     host_layer=TRANSFORMER_ENGINE.host_layer,
     host_stage=TRANSFORMER_ENGINE.host_stage,
 )
-"""This version with `kernels.backend=sdpa`: plain torch, experts one after another. For other
-settings and GPUs `attention.attention_of` says who computes attention."""
+"""This version as `measured.OURS` has it, plain torch and experts one after another. For settings
+and GPUs `attention.attention_of` and `experts.experts_of` say who computes those."""
 
 IMPLEMENTATIONS = {each.name: each for each in (TORCH, TRANSFORMER_ENGINE, DEEPEP)}
 

@@ -93,9 +93,12 @@ def dispatch(
     in_node = max(1, min(group, machine.gpus_per_node // layout.expert_tensor))
     nodes = group // in_node
     visited = architecture.num_experts_per_token
-    if not implementation.deduplicates:
-        network = size * visited * (1 - in_node / group)
-        return Message(size * visited * (in_node - 1) / group, network)
+    if implementation.sends_once != "node":
+        copies = float(visited)
+        if implementation.sends_once == "process":
+            copies = distinct(group, visited)
+        network = size * copies * (1 - in_node / group)
+        return Message(size * copies * (in_node - 1) / group, network)
     if layout.consecutive_experts:
         gpus = max(1.0, visited * group / architecture.num_experts)
         visited_nodes = max(1.0, gpus / in_node)

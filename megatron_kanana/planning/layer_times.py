@@ -125,7 +125,9 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
         parts["shared experts"] = _products(job, others, forward=forward)
         local = architecture.num_experts / layout.expert
         form = "fp8" if job.fp8 else "bf16"
-        host += job.implementation.host_moe + local * job.implementation.host_expert[form]
+        host += job.implementation.host_moe
+        if not job.implementation.experts.single_launch:
+            host += local * job.implementation.host_expert[form]
         sent = dispatch(architecture, layout, job.machine, job.implementation)
         both = 2 * layout.expert_load * _seconds(job, sent)  # there and back
         if layout.overlaps_dispatch:
@@ -150,8 +152,12 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
 def _waiting_for_counts(job: Job, parts: Parts) -> float:
     """Seconds by which attention outlasts its launching, after which tokens are counted.
 
-    megatron-core's dispatchers copy the number of tokens of each expert to the host.
+    megatron-core's dispatchers copy the number of tokens of each expert to the host, ours where
+    they leave the process.
     """
+    layout = job.layout
+    if job.implementation.experts.single_launch and layout.expert * layout.expert_tensor == 1:
+        return 0.0
     power = job.efficiencies.host_overlap
     gpu = parts["attention projections"] + parts["core attention"]
     host = job.implementation.host_layer * job.machine.host_time * FORWARD_SHARE_OF_HOST
@@ -239,17 +245,21 @@ def _moving(job: Job, *, forward: bool, is_moe: bool) -> float:
     moved += rotated if fused else 2 * rotated
     visited, width = architecture.num_experts_per_token, architecture.expert_hidden_size
     activation = (6.0, 10.0) if fused else (14.0, 25.0)
-    weighted = (0.0, 2.0) if fused else (14.0, 25.0)  # by the probabilities
+    of_experts = job.implementation.experts
+    acting_experts = (6.0, 10.0) if of_experts.fused else (14.0, 25.0)
+    weighted = (0.0, 2.0) if of_experts.fused else (14.0, 25.0)  # by the probabilities
     which = 0 if forward else 1
     if is_moe:
         local = architecture.num_experts // job.layout.expert
         copies = (14.0 if local > 1 else 6.0) if fused else 22.0
-        if job.implementation.deduplicates:
+        if job.implementation.sends_once == "node":
             copies = 8.0
+        if of_experts.single_launch:  # rows written by products, then added up
+            copies = 4.0
         gathered = visited * job.layout.expert_load
         permuted = copies * gathered * hidden
-        acting = (activation[which] + weighted[which]) * gathered * width
-        acting += activation[which] * architecture.shared_hidden_size
+        acting = (acting_experts[which] + weighted[which]) * gathered * width
+        acting += acting_experts[which] * architecture.shared_hidden_size
     else:
         permuted = 0.0
         acting = activation[which] * architecture.ffn_hidden_size

@@ -15,6 +15,7 @@ from .architecture import Architecture
 from .attention import attention_of
 from .calibration import RESERVED_MEMORY, TORCH, Implementation
 from .communication import pipeline_message
+from .experts import experts_of
 from .flops import flops_per_token
 from .holdings import GRADIENT_BYTES, Holding, local_parameters, state_bytes
 from .layer_times import Job, Parts, pass_seconds, stage_parts
@@ -211,16 +212,21 @@ def job_of(
         settings: checked for `world_size` processes.
         world_size: processes of the job.
         machine: GPUs and network.
-        implementation: how layers are computed. `TORCH` gets the attention that the settings
-            choose on this machine.
+        implementation: how layers are computed. `TORCH` gets the attention, the experts and the
+            dispatcher that the settings choose on this machine.
         global_batch_size: of a step, where it is not the first one of the settings.
         fp8: whether projections and experts compute in fp8, even if the settings cannot say so.
         expert_load: of the busiest process, as `Layout` has it.
     """
     batch = global_batch_size or settings.schedule.global_batch_size
     if implementation is TORCH:
-        attention = attention_of(settings, machine)
-        implementation = dataclasses.replace(implementation, attention=attention)
+        by_deep_ep = settings.parallel.token_dispatcher == "deepep"
+        implementation = dataclasses.replace(
+            implementation,
+            attention=attention_of(settings, machine),
+            experts=experts_of(settings, machine),
+            sends_once="node" if by_deep_ep else "process",
+        )
     return Job(
         architecture=Architecture.of(settings.model),
         layout=Layout.of(settings, world_size, batch, expert_load),

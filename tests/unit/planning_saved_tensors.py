@@ -7,8 +7,10 @@ numbers are nonsense and its shapes are real.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,7 +63,9 @@ def measure(settings: Settings, where: Any) -> dict[str, int]:
     config = transformer_config(settings, where)
     # SDPA and csrc run on a CPU, too; what they keep there is what they keep on a GPU.
     backend = "sdpa" if settings.kernels.backend == "auto" else settings.kernels.backend
-    model = Float16Module(config, gpt_model(settings, config, Backends(backend, "torch"))).train()
+    of_experts = "torch" if settings.kernels.moe_backend == "auto" else settings.kernels.moe_backend
+    backends = Backends(backend, of_experts)
+    model = Float16Module(config, gpt_model(settings, config, backends)).train()
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -74,11 +78,37 @@ def measure(settings: Settings, where: Any) -> dict[str, int]:
     shape = (settings.schedule.micro_batch_size, settings.data.sequence_length)
     tokens = torch.randint(0, settings.model.vocab_size, shape)
     positions = torch.arange(shape[1]).expand(shape).contiguous()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, shared_experts_seen_by(keep):
         model(tokens, positions, None, labels=tokens)
     kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     saved.clear()
     return {"saved": kept, "peak": peak_of(model, tokens, positions)}
+
+
+@contextlib.contextmanager
+def shared_experts_seen_by(keep: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Hand `keep` also what the shared experts keep with hooks of their own, which hide it."""
+    from megatron_kanana.model import shared_experts
+
+    module = vars(shared_experts)
+    kept_in_parts = module["_kept_in_parts"]
+
+    def seen(*arguments: Any) -> Any:
+        own = kept_in_parts(*arguments)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            packed = own.pack_hook(tensor)
+            keep(packed if isinstance(packed, torch.Tensor) else packed[1])
+            return packed
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, own.unpack_hook)
+
+    module["_kept_in_parts"] = seen
+    try:
+        yield
+    finally:
+        module["_kept_in_parts"] = kept_in_parts
 
 
 def peak_of(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> int:

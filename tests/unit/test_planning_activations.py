@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from megatron_kanana.config import Environment, Settings, load_settings
-from megatron_kanana.planning.activations import attention_backward_bytes, stage_bytes
+from megatron_kanana.planning.activations import (
+    arrived_bytes,
+    attention_backward_bytes,
+    feed_forward_bytes,
+    stage_bytes,
+)
 from megatron_kanana.planning.architecture import Architecture
 from megatron_kanana.planning.calibration import (
     CSRC,
+    CSRC_EXPERTS,
+    PLAIN_EXPERTS,
     TORCH,
     TRANSFORMER_ENGINE,
     Implementation,
@@ -33,6 +40,15 @@ CASES: dict[str, list[str]] = {
     ],
     "multi-token prediction": ["++model.num_mtp_layers=1"],
     "attention of csrc": ["kernels.backend=csrc"],
+    "experts of csrc": ["kernels.moe_backend=csrc"],
+    "experts of csrc, without shared ones": [
+        "kernels.moe_backend=csrc",
+        "model.num_shared_experts=0",
+    ],
+    "experts of csrc, tensor parallel": [
+        "kernels.moe_backend=csrc",
+        "parallel.tensor_parallel_size=2",
+    ],
 }
 BATCH = [
     "schedule.micro_batch_size=4",
@@ -62,7 +78,11 @@ def load(name: str) -> tuple[Settings, Layout]:
 
 def implementation_of(name: str) -> Implementation:
     """That of a case."""
-    return dataclasses.replace(TORCH, attention=CSRC) if "csrc" in name else TORCH
+    return dataclasses.replace(
+        TORCH,
+        attention=CSRC if "attention of csrc" in name else TORCH.attention,
+        experts=CSRC_EXPERTS if "experts of csrc" in name else PLAIN_EXPERTS,
+    )
 
 
 def norms_of_a_cpu(settings: Settings, layout: Layout) -> float:
@@ -106,7 +126,6 @@ def test_peak_is_that_of_the_allocator(name: str, found: dict[str, dict[str, int
 def test_experts_keep_what_is_published_for_megatron_core() -> None:
     """2d + 2Kd + 6Kn bytes a token with probabilities inside SwiGLU (SonicMoE's comparison)."""
     from megatron_kanana.config.shipped import shipped_model
-    from megatron_kanana.planning.activations import feed_forward_bytes
 
     architecture = Architecture.of(shipped_model("kanana_2_30b_a3b"))
     parts = feed_forward_bytes(architecture, TRANSFORMER_ENGINE, is_moe=True)
@@ -114,16 +133,33 @@ def test_experts_keep_what_is_published_for_megatron_core() -> None:
     assert kept == 56_320
 
 
+def test_csrcs_experts_keep_the_layers_input_and_pre_activations() -> None:
+    """2d + 4Kn bytes a token beside routing, on one process; with others what comes from them."""
+    from megatron_kanana.config.shipped import shipped_model
+
+    architecture = Architecture.of(shipped_model("kanana_2_30b_a3b"))
+    parts = feed_forward_bytes(
+        architecture, dataclasses.replace(TORCH, experts=CSRC_EXPERTS), is_moe=True
+    )
+    kept = sum(parts[part] for part in ("projection input", "gathered tokens", "experts"))
+    assert kept == 2 * 2048 + 4 * 6 * 768
+    _, alone = load("recompute none")
+    assert arrived_bytes(architecture, alone) == 0
+    # With as many processes as experts, nearly each of a token's experts is another's.
+    spread = arrived_bytes(architecture, dataclasses.replace(alone, expert=128))
+    assert spread == pytest.approx(6 * (2 * 2048 + 80), rel=0.03)
+
+
 def test_more_tokens_for_some_experts_take_more_memory() -> None:
     settings, layout = load("recompute none")
     architecture = Architecture.of(settings.model)
     [[stage]] = stages(architecture, layout)
-    even, _ = stage_bytes(architecture, layout, TORCH, stage)
+    implementation = dataclasses.replace(TORCH, experts=CSRC_EXPERTS)
+    even, _ = stage_bytes(architecture, layout, implementation, stage)
     loaded = dataclasses.replace(layout, expert_load=1.5)
-    uneven, _ = stage_bytes(architecture, loaded, TORCH, stage)
+    uneven, _ = stage_bytes(architecture, loaded, implementation, stage)
     model = settings.model
-    visited = model.num_experts_per_token
-    of_experts = visited * (2 * model.hidden_size + 12 * model.moe_ffn_hidden_size + 4)
+    of_experts = model.num_experts_per_token * 4 * model.moe_ffn_hidden_size
     layers = model.num_layers - model.num_dense_layers
     assert uneven - even == pytest.approx(0.5 * of_experts * layers * layout.tokens)
 

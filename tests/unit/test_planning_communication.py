@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_kanana.planning.architecture import Architecture
-from megatron_kanana.planning.calibration import DEEPEP, TRANSFORMER_ENGINE, Implementation
+from megatron_kanana.planning.calibration import DEEPEP, TORCH, TRANSFORMER_ENGINE, Implementation
 from megatron_kanana.planning.communication import (
     Message,
     dispatch,
@@ -37,7 +37,7 @@ def layout(**sizes: Any) -> Layout:
 
 
 def send_tokens(chosen: Layout, implementation: Implementation) -> Message:
-    """Draw experts for each token of one GPU and count what it sends, all-to-all or by node."""
+    """Draw experts for each token of one GPU and count what it sends."""
     numbers = random.Random(0)
     local = SMALL.num_experts // chosen.expert
     in_node = min(chosen.expert, H200.gpus_per_node)
@@ -47,13 +47,13 @@ def send_tokens(chosen: Layout, implementation: Implementation) -> Message:
         me = token % chosen.expert  # the sender's place, every one in turn
         experts = numbers.choices(range(SMALL.num_experts), k=SMALL.num_experts_per_token)
         gpus = [expert // local for expert in experts]
-        if implementation.deduplicates:
+        if implementation.sends_once == "node":
             nodes = {gpu // in_node for gpu in gpus}
             network += size * len(nodes - {me // in_node})
             # What comes to a node is passed on there; as much is passed on by this GPU's node.
             nvlink += size * sum(gpu % in_node != me % in_node for gpu in set(gpus))
         else:
-            for gpu in gpus:
+            for gpu in set(gpus) if implementation.sends_once == "process" else gpus:
                 if gpu // in_node != me // in_node:
                     network += size
                 elif gpu != me:
@@ -62,7 +62,7 @@ def send_tokens(chosen: Layout, implementation: Implementation) -> Message:
     return Message(nvlink * share, network * share)
 
 
-@pytest.mark.parametrize("implementation", [TRANSFORMER_ENGINE, DEEPEP])
+@pytest.mark.parametrize("implementation", [TRANSFORMER_ENGINE, TORCH, DEEPEP])
 @pytest.mark.parametrize("expert", [2, 8, 16, 32])
 def test_dispatch_is_what_drawn_experts_cause(expert: int, implementation: Implementation) -> None:
     chosen = layout(expert=expert)
