@@ -64,51 +64,6 @@ def _synchronize() -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
-class _Stream:
-    """A CUDA stream where everything runs in program order already."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def wait_stream(self, stream: _Stream) -> None: ...
-
-    def wait_event(self, event: _Event) -> None: ...
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def synchronize(self) -> None: ...
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stream)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-class _Event:
-    """A CUDA event that has always happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def record(self, stream: _Stream | None = None) -> None: ...
-
-    def wait(self, stream: _Stream | None = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-
-def _streams() -> None:
-    cuda: Any = torch.cuda
-    cuda.Stream = _Stream
-    cuda.Event = _Event
-    cuda.current_stream = lambda device=None: _Stream()
-    cuda.default_stream = lambda device=None: _Stream()
-    cuda.stream = lambda stream: contextlib.nullcontext()
-
-
 def _tensor_factories() -> None:
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -212,11 +167,6 @@ CPU_PATCHES = (
         "synchronize",
         "checkpoint writing and batched sends call torch.cuda.synchronize()",
         _synchronize,
-    ),
-    Patch(
-        "streams",
-        "overlapped reductions create CUDA streams",
-        _streams,
     ),
     Patch(
         "tensor_factories",

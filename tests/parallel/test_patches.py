@@ -12,7 +12,6 @@ from tests.launch import CONFIG_DIR, Finished, run_python
 SCRIPT = "tests/parallel/train_without_patch.py"
 # Settings, on two processes, under which these are missed; the others are on one process.
 ONLY_WITH = {
-    "streams": ("parallel.overlap_gradient_reduction=true",),
     "tensor_cuda": ("parallel.pipeline_parallel_size=2", "model.num_mtp_layers=1"),
 }
 PATCHES = [patch.name for patch in (*CPU_PATCHES, *NO_TRANSFORMER_ENGINE_PATCHES)]
