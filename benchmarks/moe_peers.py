@@ -101,12 +101,13 @@ class OurLayer(nn.Module):
             route,
             routed_experts,
         )
+        from megatron_kanana.model.gating import gating_logits
 
         hidden_states_TD = inputs.hidden_states_TD
         weights_TK, experts_TK = inputs.weights_TK, inputs.experts_TK
         if self.router is not None:
             weights_TK, experts_TK = route(
-                router_logits(hidden_states_TD, self.router),
+                gating_logits(hidden_states_TD, self.router),
                 self.expert_bias_X,
                 num_experts_per_token=self.case.experts_per_token,
                 scaling_factor=self.case.scaling_factor,
@@ -130,21 +131,6 @@ class OurLayer(nn.Module):
                 hidden_states_TD, self.shared_gate_up, self.shared_down, backend=self.backend
             )
         return out_TD
-
-
-def router_logits(hidden_states_TD: torch.Tensor, router_XD: torch.Tensor) -> torch.Tensor:
-    """fp32 [tokens, experts]: megatron-core's product, which the model uses too."""
-    try:
-        from megatron.core.transformer.moe import moe_utils
-
-        if moe_utils.te_general_gemm is None:
-            raise ImportError
-    except (ImportError, AttributeError):  # the product is Transformer Engine's
-        return F.linear(hidden_states_TD.float(), router_XD.float())
-    logits_TX: torch.Tensor = moe_utils.router_gating_linear(
-        hidden_states_TD, router_XD, None, torch.float32
-    )
-    return logits_TX
 
 
 class PlainTorchLayer(nn.Module):
