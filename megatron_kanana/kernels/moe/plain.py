@@ -86,7 +86,7 @@ def routed_experts(
     down_EDN: torch.Tensor,
 ) -> torch.Tensor:
     """See `routed_experts` of the package. Waits for the device, to know each expert's rows."""
-    tokens, slots = weights_TK.shape
+    slots = weights_TK.shape[1]
     slot_of_row_M = permutation.slot_of_row_M.long()
     # Through one copy a slot, no token is gathered twice: its gradient is a sum of fixed order.
     slots_SD = hidden_states_TD[:, None].expand(-1, slots, -1).flatten(0, 1)
@@ -103,7 +103,7 @@ def routed_experts(
     ]
     wide = torch.promote_types(hidden_states_TD.dtype, torch.float32)
     slots_SD = torch.zeros_like(slots_SD).index_copy(0, slot_of_row_M, torch.cat(outputs))
-    slots_TKD = slots_SD.unflatten(0, (tokens, slots)).to(wide)
+    slots_TKD = slots_SD.reshape(*weights_TK.shape, hidden_states_TD.shape[1]).to(wide)
     return (slots_TKD * weights_TK[:, :, None]).sum(1).to(hidden_states_TD.dtype)
 
 

@@ -1,0 +1,73 @@
+"""Which backend routing and experts take, and what their interface needs."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_kanana.kernels.moe.backend import choose_moe_backend
+
+MODULE = "megatron_kanana.kernels.moe.backend"
+
+
+def choice(requested: str, device_type: str, **options: Any) -> str:
+    """For Kanana-2's sizes in bf16 where nothing else is said."""
+    usual = {"dtype": torch.bfloat16, "hidden_size": 2048, "moe_ffn_hidden_size": 768}
+    return choose_moe_backend(requested, device_type, **{**usual, **options})
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this machine had a Hopper GPU and the operations were compiled for it."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(f"{MODULE}.has_operation_for", lambda *_: True)
+
+
+def test_auto_takes_the_compiled_operations_where_they_run(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert choice("auto", "cpu", dtype=torch.float32, hidden_size=5) == "csrc"
+    assert "kernels of the experts: csrc (compiled operations found)" in caplog.text
+    assert choice("torch", "cpu") == "torch"
+    assert choice("auto", "cuda") == "csrc" and choice("csrc", "cuda") == "csrc"
+    assert choice("auto", "cuda", moe_ffn_hidden_size=96) == "torch"
+    assert "torch (the CUDA kernels take multiples of 64, not a hidden size of 2048" in caplog.text
+    assert choice("auto", "cuda", hidden_size=96) == "torch"
+    assert choice("auto", "cuda", dtype=torch.float32) == "torch"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    assert choice("auto", "cuda") == "torch"
+    monkeypatch.setattr(f"{MODULE}.native_library_error", lambda: "not built")
+    assert choice("auto", "cpu") == "torch"
+
+
+def test_what_was_asked_for_and_cannot_run_is_refused_by_name(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match=r"kernels.moe_backend = csrc: .* compute in bfloat16"):
+        choice("csrc", "cuda", dtype=torch.float32)
+    monkeypatch.setattr(f"{MODULE}.has_operation_for", lambda *_: False)
+    with pytest.raises(RuntimeError, match=r"kernels.moe_backend = csrc: .*build them again"):
+        choice("csrc", "cuda")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    with pytest.raises(RuntimeError, match=r"kernels.moe_backend = csrc: a GPU is no Hopper GPU"):
+        choice("csrc", "cuda")
+
+
+def test_the_interface_needs_torch_alone() -> None:
+    code = (
+        "import sys, megatron_kanana.kernels.moe, megatron_kanana.kernels.moe.backend;"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    imported = set(finished.stdout.split())
+    assert "torch" in imported
+    assert not imported & {"megatron", "hydra", "omegaconf", "transformer_engine"}
