@@ -228,6 +228,14 @@ def _exchange_and_add(
     returned = rows.new_empty(sum(sent) + 1, rows.shape[1])
     returned[-1] = 0  # the row that fills up
     dist.all_to_all_single(returned[:-1], rows.contiguous(), sent, received, group=group)
-    # Adds in fp32, one after another.
-    result: torch.Tensor = F.embedding_bag(rows_of_token_TS, returned, mode="sum")
-    return result
+    return sums_of_rows(returned, rows_of_token_TS)
+
+
+def sums_of_rows(rows_RD: torch.Tensor, rows_of_token_TS: torch.Tensor) -> torch.Tensor:
+    """Each token's sum of its rows, added in fp32 one after another: [T, D] in the rows' dtype."""
+    if rows_RD.is_cuda:  # one kernel; on a CPU it would add in the rows' dtype
+        return F.embedding_bag(rows_of_token_TS, rows_RD, mode="sum")
+    sums_TD = torch.zeros(len(rows_of_token_TS), rows_RD.shape[1])
+    for rows_T in rows_of_token_TS.unbind(1):
+        sums_TD += rows_RD.index_select(0, rows_T)
+    return sums_TD.to(rows_RD.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import saved_tensors
 from tests.launch import train, train_in_turn
 
 FIRST_STEP, STEPS = 4, 5
@@ -51,11 +52,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Pat
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, checkpoint: Path
-) -> dict[str, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of the layouts lie."""
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, cache_dir: Path, checkpoint: Path) -> dict[str, list[dict[str, Any]]]:
     """Records of the steps after the checkpoint, of one process and of every layout."""
-    folder = tmp_path_factory.mktemp("layouts")
     go_on = (f"stop_after_step={FIRST_STEP + STEPS}", f"checkpoint.load={checkpoint}")
     layouts = {ONE_PROCESS: (1, []), **LAYOUTS}
     records: dict[str, list[dict[str, Any]]] = {}
@@ -83,6 +87,22 @@ def test_losses_and_gradient_norms_are_those_of_one_process(
             theirs["max_attention_logits"], rel=1e-4
         )
     assert records[0]["expert_loads"] == one_process[0]["expert_loads"]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "EP" in name or "expert" in name])
+def test_experts_are_those_of_one_process_after_the_steps(
+    layout: str, runs: dict[str, list[dict[str, Any]]], folder: Path
+) -> None:
+    assert layout in runs
+    ours, theirs = (
+        saved_tensors(folder / name / "checkpoints" / f"step_{FIRST_STEP + STEPS:08d}")
+        for name in (layout, ONE_PROCESS)
+    )
+    names = {name for name in theirs if ".mlp.experts." in name}
+    assert len(names) == 2 * 3 * 4  # projections, layers, and of each its weight and fp32 state
+    for name in names:
+        error = (ours[name] - theirs[name]).norm() / theirs[name].norm()
+        assert error < 1e-4, name
 
 
 def test_a_run_from_scratch_starts_alike_in_every_layout(tmp_path: Path, cache_dir: Path) -> None:
