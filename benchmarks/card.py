@@ -19,7 +19,14 @@ import torch
 
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy")
-PEER_PACKAGES = ("flash-attn-4", "nvidia-cudnn-frontend", "nvidia-cudnn-cu13")  # told where present
+PEER_PACKAGES = (  # told where present
+    "flash-attn-4",
+    "nvidia-cudnn-frontend",
+    "nvidia-cudnn-cu13",
+    "nvidia-cutlass-dsl",
+    "quack-kernels",
+    "sonic-moe",
+)
 
 
 @dataclasses.dataclass

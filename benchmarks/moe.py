@@ -19,7 +19,17 @@ from .interleaved import interleaved_ms
 from .moe_cases import CASES, LOADS, Case, of_experts, random_inputs, random_weights
 from .moe_kernels import data_movement
 from .moe_memory import launches
-from .moe_peers import CONTENDERS, MEGATRON, OURS, OURS_ROUTED, PLAIN, built, step
+from .moe_peers import (
+    CONTENDERS,
+    MEGATRON,
+    OURS,
+    OURS_ROUTED,
+    PLAIN,
+    SHORT_NAMES,
+    built,
+    drop_gradients,
+    step,
+)
 from .moe_rows import Bench, launch_rows, memory_rows, time_rows, verdicts
 
 WARM_UP = 3
@@ -45,7 +55,7 @@ def prepare(case: Case, names: Iterable[str]) -> Bench:
             reason = f"{name}, {case.label}: {type(error).__name__}: {error}"
             bench.not_run.append("not run: " + " ".join(reason.split())[:400])
             print(bench.not_run[-1], flush=True)
-            bench.inputs.hidden_states_TD.grad = None
+            drop_gradients(bench.inputs)
             continue
         bench.layers[name] = layer
         print(f"{name}: ready", flush=True)
@@ -121,13 +131,15 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, help="by default all")
     parser.add_argument("--tokens", nargs="+", type=int, help="of each process")
     parser.add_argument("--loads", choices=LOADS, default="zipf")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", choices=SHORT_NAMES, help="by default all")
     parser.add_argument("--judged", action="store_true", help="what the goals need, no more")
     parser.add_argument("--profile", action="store_true", help="print our kernels and their times")
     parser.add_argument("--rounds", type=int, default=12, help="how often all take their turn")
     parser.add_argument("--repeats", type=int, default=4, help="calls a turn")
     arguments = parser.parse_args()
-    names = arguments.contenders or (JUDGED if arguments.judged else list(CONTENDERS))
+    names = JUDGED if arguments.judged else tuple(CONTENDERS)
+    if arguments.contenders:
+        names = tuple(SHORT_NAMES[name] for name in arguments.contenders)
     rows: list[Row] = []
     notes = [
         "FLOPs are 6 times the matmul parameters of each row and token: 18 d (n rows + shared width"

@@ -214,3 +214,11 @@ CONTENDERS = {
     PLAIN: Contender(PlainTorchLayer, with_shared=False),
     SONICMOE: Contender(_sonicmoe_layer, with_shared=False),
 }
+SHORT_NAMES = {
+    "ours": OURS,
+    "ours_routed": OURS_ROUTED,
+    "megatron": MEGATRON,
+    "megatron_cublas": MEGATRON_CUBLAS,
+    "plain": PLAIN,
+    "sonicmoe": SONICMOE,
+}

@@ -151,8 +151,12 @@ def launch_rows(bench: Bench, *, with_tables: bool) -> list[Row]:
     """
     rows: list[Row] = []
     for name, layer in bench.layers.items():
-        launches(layer, bench.inputs)  # the profiler's first pass is its own
-        found = launches(layer, bench.inputs)
+        try:
+            launches(layer, bench.inputs)  # the profiler's first pass is its own
+            found = launches(layer, bench.inputs)
+        except Exception as error:  # whatever one raises, the others are measured
+            bench.not_run.append(f"not run: launches of {name}: {error}"[:400])
+            continue
         counts = [
             sum(launch.direction == direction for launch in found)
             for direction in ("forward", "backward")
