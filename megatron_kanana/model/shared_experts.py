@@ -65,10 +65,10 @@ def _kept_in_parts(gathered: torch.Tensor, part: torch.Tensor, group: Any) -> An
     megatron-core's column-parallel layers do the same.
     """
 
+    place, size = gathered.data_ptr(), gathered.numel()  # autograd keeps the hooks, too
+
     def pack(tensor: torch.Tensor) -> Any:
-        is_gathered = (
-            tensor.data_ptr() == gathered.data_ptr() and tensor.numel() == gathered.numel()
-        )
+        is_gathered = tensor.data_ptr() == place and tensor.numel() == size
         return (tensor.shape, part) if is_gathered else tensor
 
     def unpack(kept: Any) -> torch.Tensor:

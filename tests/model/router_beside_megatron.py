@@ -10,6 +10,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megatron_kanana import device
 from megatron_kanana.config import Environment, Settings, load_settings
@@ -25,7 +26,7 @@ def main(cases: list[tuple[str, list[str], int, float]]) -> None:
         words = ["experiment=small", "device=cpu", *overrides]
         settings = load_settings(words, Environment(), CONFIG_DIR, with_files=False)
         where = device.prepare_device(settings, Environment())
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
         device.process.lay_over_processes(settings, with_gloo_groups=False)
         found[name] = compare(settings, where, batch_size, padding)
         device.destroy_process_groups()

@@ -83,11 +83,12 @@ def whole_weights(config: Any) -> Tensors:
 
 def own_part(whole: torch.Tensor, groups: Any, *, is_gate_up: bool) -> torch.Tensor:
     """This process's experts, and of each its part of gate and up, or of down."""
-    own = whole.chunk(groups.ep.size())[groups.ep.rank()]
+    own: torch.Tensor = whole.chunk(groups.ep.size())[groups.ep.rank()]
     parts, part = groups.expt_tp.size(), groups.expt_tp.rank()
     if is_gate_up:
         return torch.cat([half.chunk(parts, 1)[part] for half in own.chunk(2, 1)], 1)
-    return own.chunk(parts, 2)[part]
+    of_down: torch.Tensor = own.chunk(parts, 2)[part]
+    return of_down
 
 
 def stored_as_sequential(experts: Any, config: Any, groups: Any) -> bool:
