@@ -31,7 +31,7 @@ class DeepEPDispatcher(LocalDispatcher):
             hidden_states,
             self._experts.long(),
             probs,
-            self.num_local_experts * self.ep_size,
+            self.config.num_moe_experts,
             self.ep_group,
         )
         self._experts = experts.int()
