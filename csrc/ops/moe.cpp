@@ -294,7 +294,7 @@ TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
       "float scaling_factor) -> Tensor grad_logits");
   library.def("moe_count(Tensor experts, Tensor? padding, Tensor(a!) counts) -> ()");
   library.def(
-      "moe_permutation(Tensor experts, int num_experts, int num_rows) "
+      "moe_permutation(Tensor experts, int num_experts, SymInt num_rows) "
       "-> (Tensor offsets, Tensor slot_of_row, Tensor row_of_slot)");
   library.def(
       "moe_experts_forward(Tensor hidden_states, Tensor weights, Tensor offsets, "

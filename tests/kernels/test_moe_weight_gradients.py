@@ -180,6 +180,28 @@ def test_backward_allocates_no_tensor_as_large_as_the_weights(has_buffer: bool) 
     assert (max(sizes) < inputs.down.nbytes) == has_buffer
 
 
+def test_compiled_layers_return_their_gradients() -> None:
+    inputs = random_inputs(SIZES, seed=6)
+    module = Experts(inputs, "csrc")
+    for parameter in module.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+
+    def run(hidden_states: torch.Tensor) -> torch.Tensor:
+        order = permutation_of(inputs.chosen, len(module.down), inputs.rows, backend="csrc")
+        return routed_experts(
+            hidden_states, inputs.weights, order, module.gate_up, module.down, backend="csrc"
+        )
+
+    out = torch.compile(run, backend="aot_eager", fullgraph=True)(inputs.hidden_states)
+    out.backward(inputs.grad_out)
+    expected = float64_results(inputs)
+    for name in ("gate_up", "down"):
+        parameter = getattr(module, name)
+        torch.testing.assert_close(parameter.grad, expected[name].float(), atol=1e-4, rtol=1e-5)
+        assert not parameter.grad_added_to_main_grad and not parameter.main_grad.any()
+
+
 def test_a_buffer_of_another_dtype_is_left_to_its_owner() -> None:
     inputs = random_inputs(SIZES, seed=4, dtype=torch.bfloat16)
     module = Experts(inputs, "csrc")
