@@ -99,7 +99,8 @@ def _fits(part: Path, settings: Settings) -> bool:
     now = dataclasses.asdict(settings)
     optimizer = ("name", "muon_kinds", "adamw_kinds")
     return bool(
-        saved["parallel"] == now["parallel"]
+        "moe_backend" in saved["kernels"]  # before, each expert was a parameter of its own
+        and saved["parallel"] == now["parallel"]
         and all(saved["optimizer"][name] == now["optimizer"][name] for name in optimizer)
     )
 
