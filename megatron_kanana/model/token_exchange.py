@@ -233,15 +233,11 @@ def _exchange_and_add(
 
 def sums_of_rows(rows_RD: torch.Tensor, rows_of_token_TS: torch.Tensor) -> torch.Tensor:
     """Each token's sum of its rows, added in fp32 one after another: [T, D] in the rows' dtype."""
-    if rows_RD.is_cuda and len(
-        rows_of_token_TS
-    ):  # one kernel; on a CPU it would add in the rows' dtype
+    # One kernel on CUDA; on a CPU it would add in the rows' dtype.
+    if rows_RD.is_cuda and len(rows_of_token_TS):
         return F.embedding_bag(rows_of_token_TS, rows_RD, mode="sum")
-    sums_TD = rows_RD.new_zeros(
-        len(rows_of_token_TS),
-        rows_RD.shape[1],
-        dtype=torch.float32,
-    )
+    shape = len(rows_of_token_TS), rows_RD.shape[1]
+    sums_TD = rows_RD.new_zeros(shape, dtype=torch.float32)
     for rows_T in rows_of_token_TS.unbind(1):
         sums_TD += rows_RD.index_select(0, rows_T)
     return sums_TD.to(rows_RD.dtype)
