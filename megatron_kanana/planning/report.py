@@ -19,7 +19,8 @@ def plan_lines(run: RunPlan) -> Iterator[str]:
     yield (
         f"{first.job.layout.world_size} x {machine.name}, layers computed by"
         f" {first.job.implementation.name}{' in fp8' if first.job.fp8 else ''},"
-        f" attention by {first.job.implementation.attention.name}"
+        f" attention by {first.job.implementation.attention.name},"
+        f" experts by {first.job.implementation.experts.name}"
     )
     yield ""
     row = "{:>6}{:>17}{:>9}{:>11}{:>11}{:>13}{:>8}{:>9}"
@@ -146,6 +147,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "machine": dataclasses.asdict(plan.job.machine),
         "implementation": plan.job.implementation.name,
         "attention": plan.job.implementation.attention.name,
+        "experts": plan.job.implementation.experts.name,
         "fp8": plan.job.fp8,
         "layout": {**layout, "recompute": sorted(plan.job.layout.recompute)},
         "fits": plan.fits,
