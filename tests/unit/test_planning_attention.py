@@ -134,4 +134,4 @@ def test_command_says_which_attention(capsys: pytest.CaptureFixture[str]) -> Non
     for words, name in (((), "csrc"), (("kernels.backend=sdpa",), "sdpa")):
         assert main(["--processes", "1", *WORDS, *words, "--tokens", "1e9"]) in (0, 1)
         first = capsys.readouterr().out.splitlines()[0]
-        assert first == f"1 x h200, layers computed by torch, attention by {name}"
+        assert first == f"1 x h200, layers computed by torch, attention by {name}, experts by csrc"
