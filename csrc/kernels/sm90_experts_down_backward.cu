@@ -13,12 +13,11 @@ namespace {
 class DownBackward {
  public:
   static constexpr int kColumns = 192;
-  using StoredRows = OpenRows<kStoredRows>;
   static constexpr int kPieces = kColumns / kChunk;
 
   struct Arguments {
     CUtensorMap gate, up;  // of the pre-activation
-    CUtensorMap grad_gate, grad_up, activation;
+    StoredRows grad_gate, grad_up, activation;
     const float* weights;
     const int32_t* slot_of_row;
     float* grad_weight_parts;
@@ -36,15 +35,13 @@ class DownBackward {
                               const RowTile& tile, int piece) {
     auto& halves = static_cast<Piece*>(stage)->halves;
     const int column = tile.column_tile * kColumns + piece * kChunk;
-    const int valid_rows[2] = {min(kStoredRows, tile.end_row - tile.first_row),
-                               min(kStoredRows, tile.end_row - tile.first_row - kStoredRows)};
-    barrier_expect(full, valid_rows[1] > 0 ? sizeof(Piece) : sizeof(Piece) / 2);
+    barrier_expect(full, sizeof(Piece));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (valid_rows[half] <= 0) break;
+      // Rows of other experts are loaded too, and come to nothing.
       const int row = tile.first_row + half * kStoredRows;
-      StoredRows::load(halves[half][0], &arguments.gate, full, column, row, valid_rows[half]);
-      StoredRows::load(halves[half][1], &arguments.up, full, column, row, valid_rows[half]);
+      load_box(halves[half][0], &arguments.gate, full, column, row, 0);
+      load_box(halves[half][1], &arguments.up, full, column, row, 0);
     }
   }
 
@@ -81,10 +78,9 @@ class DownBackward {
       fence_shared_for_async();
       named_sync(1 + warpgroup_, kWarpgroup);
       if (leader) {
-        StoredRows::store(&arguments_.grad_gate, places[piece][0], column + piece * kChunk,
-                          first_row, valid_rows);
-        StoredRows::store(&arguments_.grad_up, places[piece][1], column + piece * kChunk, first_row,
-                          valid_rows);
+        arguments_.grad_gate.store(places[piece][0], column + piece * kChunk, first_row,
+                                   valid_rows);
+        arguments_.grad_up.store(places[piece][1], column + piece * kChunk, first_row, valid_rows);
         bulk_commit();
       }
     }
@@ -103,8 +99,8 @@ class DownBackward {
     if (leader) {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        StoredRows::store(&arguments_.activation, places[piece / 2][piece % 2],
-                          column + piece * kChunk, first_row, valid_rows);
+        arguments_.activation.store(places[piece / 2][piece % 2], column + piece * kChunk,
+                                    first_row, valid_rows);
       }
       bulk_commit();
     }
@@ -204,8 +200,12 @@ void experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows, con
   if (sizes.rows == 0) return;
   enter_device();
   const int width = sizes.width, column_tiles = column_tiles_of(width);
-  const auto half_map = [&](const void* data, int first_column) {
-    return open_rows_map(columns_from(data, first_column), sizes.rows, width, 2 * width);
+  const auto half_map = [&](int first_column) {
+    return ordered_rows_map(columns_from(pre_activation, first_column), sizes.rows, width,
+                            2 * width, kStoredRows);
+  };
+  const auto half_rows = [&](int first_column) {
+    return open_rows(columns_from(grad_pre_activation, first_column), sizes.rows, width, 2 * width);
   };
   launch_row_matmul<Matmul>(
       {
@@ -216,11 +216,11 @@ void experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows, con
           .depth = sizes.hidden_size,
           .column_tiles = column_tiles,
           .second_half = 0,
-          .epilogue = {.gate = half_map(pre_activation, 0),
-                       .up = half_map(pre_activation, width),
-                       .grad_gate = half_map(grad_pre_activation, 0),
-                       .grad_up = half_map(grad_pre_activation, width),
-                       .activation = open_rows_map(weighted_activation, sizes.rows, width, width),
+          .epilogue = {.gate = half_map(0),
+                       .up = half_map(width),
+                       .grad_gate = half_rows(0),
+                       .grad_up = half_rows(width),
+                       .activation = open_rows(weighted_activation, sizes.rows, width, width),
                        .weights = rows.weights,
                        .slot_of_row = rows.slot_of_row,
                        .grad_weight_parts = grad_weight_parts,

@@ -22,17 +22,18 @@ inline const __nv_bfloat16* columns_from(const void* data, int column) {
   return static_cast<const __nv_bfloat16*>(data) + column;
 }
 
-// Rows of which OpenRows<kRows> loads or stores up to kRows; columns in chunks of 64.
 template <int kRows = kStoredRows>
-CUtensorMap open_rows_map(const void* data, int rows, int width, int64_t row_stride) {
+OpenRows<kRows> open_rows(const void* data, int rows, int width, int64_t row_stride) {
   const auto* before = static_cast<const __nv_bfloat16*>(data) - kRows * row_stride;
-  return bf16_tensor_map(before, {width, kRows, int64_t(rows) + kRows + 1},
-                         {row_stride, row_stride}, {kChunk, kRows, 1});
+  return {bf16_tensor_map(before, {width, kRows, int64_t(rows) + kRows + 1},
+                          {row_stride, row_stride}, {kChunk, kRows, 1}),
+          width};
 }
 
 // Rows in order, `tile_rows` of them and one chunk of columns a box.
-inline CUtensorMap ordered_rows_map(const void* data, int rows, int width, int tile_rows) {
-  return bf16_tensor_map(data, {width, rows, 1}, {width, int64_t(width) * rows},
+inline CUtensorMap ordered_rows_map(const void* data, int rows, int width, int64_t row_stride,
+                                    int tile_rows) {
+  return bf16_tensor_map(data, {width, rows, 1}, {row_stride, row_stride * rows},
                          {kChunk, tile_rows, 1});
 }
 

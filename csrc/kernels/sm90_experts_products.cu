@@ -16,7 +16,7 @@ class StoreRows {
   static constexpr int kLoadedStages = 0;
 
   struct Arguments {
-    CUtensorMap out;
+    StoredRows out;
   };
   struct Shared {
     uint8_t staged[2][kStagedBytes];
@@ -44,7 +44,7 @@ class StoreRows {
                                                int first_row, int valid_rows) {
     uint32_t packed[4][4];
     pack_columns<kFirst>(sums, packed);
-    staged_.store(packed, &arguments_.out, column + 2 * kFirst, first_row, valid_rows);
+    staged_.store(packed, arguments_.out, column + 2 * kFirst, first_row, valid_rows);
   }
 
   const Arguments& arguments_;
@@ -57,14 +57,14 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const void* a, int
   const int width = sizes.hidden_size;
   launch_row_matmul<RowMatmul<false, kTransposeB, 4, StoreRows>>(
       {
-          .a = ordered_rows_map(a, sizes.rows, depth, kTileRows),
+          .a = ordered_rows_map(a, sizes.rows, depth, depth, kTileRows),
           .b = b,
           .gathered = {},
           .groups = row_groups(sizes, rows),
           .depth = depth,
           .column_tiles = (width + StoreRows::kColumns - 1) / StoreRows::kColumns,
           .second_half = StoreRows::kColumns / 2,
-          .epilogue = {.out = open_rows_map(out, sizes.rows, width, width)},
+          .epilogue = {.out = open_rows(out, sizes.rows, width, width)},
       },
       name, stream);
 }

@@ -17,7 +17,7 @@ class UpForward {
   static constexpr int kLoadedStages = 0;
 
   struct Arguments {
-    CUtensorMap gate, up, activation;
+    StoredRows gate, up, activation;
   };
   struct Shared {
     uint8_t staged[2][kStagedBytes];
@@ -48,11 +48,11 @@ class UpForward {
       packed[i / 8][i / 2 % 4] = pack_bf16(swiglu(sums[kFirst + i], sums[kUp + i]),
                                            swiglu(sums[kFirst + i + 1], sums[kUp + i + 1]));
     }
-    staged_.store(packed, &arguments_.activation, column, first_row, valid_rows);
+    staged_.store(packed, arguments_.activation, column, first_row, valid_rows);
     pack_columns<kFirst>(sums, packed);
-    staged_.store(packed, &arguments_.gate, column, first_row, valid_rows);
+    staged_.store(packed, arguments_.gate, column, first_row, valid_rows);
     pack_columns<kUp>(sums, packed);
-    staged_.store(packed, &arguments_.up, column, first_row, valid_rows);
+    staged_.store(packed, arguments_.up, column, first_row, valid_rows);
   }
 
   const Arguments& arguments_;
@@ -79,10 +79,10 @@ void experts_up_forward(const ExpertSizes& sizes, const ExpertRows& rows, const 
           .depth = sizes.hidden_size,
           .column_tiles = (width + UpForward::kColumnStep - 1) / UpForward::kColumnStep,
           .second_half = width,
-          .epilogue = {.gate = open_rows_map(pre_activation, sizes.rows, width, 2 * width),
-                       .up = open_rows_map(columns_from(pre_activation, width), sizes.rows, width,
-                                           2 * width),
-                       .activation = open_rows_map(activation, sizes.rows, width, width)},
+          .epilogue = {.gate = open_rows(pre_activation, sizes.rows, width, 2 * width),
+                       .up = open_rows(columns_from(pre_activation, width), sizes.rows, width,
+                                       2 * width),
+                       .activation = open_rows(activation, sizes.rows, width, width)},
       },
       "experts_up_forward", stream);
 }

@@ -3,7 +3,7 @@
 //
 // A block holds 128 columns of the tokens' rows and 256 of the rows in order, and walks over the
 // expert's rows, 64 at a time. One warpgroup loads: the tokens' rows by 16-byte copies of single
-// threads, the others by the bulk copy engine. Two warpgroups of 64 columns each multiply.
+// threads, the others by the bulk copy engine. Two warpgroups multiply.
 #include <cuda_runtime.h>
 
 #include "sm90_experts_launch.h"
@@ -17,21 +17,20 @@ constexpr int kTokenColumns = 128;
 constexpr int kRowColumns = 256;
 
 struct WeightGradientArguments {
-  CUtensorMap rows;  // [M, row_width], boxes of OpenRows<kStageRows>
+  OpenRows<kStageRows> rows;  // [M, width]
   GatheredRows tokens;
   RowGroups groups;
-  int row_width;
   float* gradient;
 };
 
 struct WeightGradientTile {
   static constexpr int kStages = 4;
   static constexpr int kThreads = 3 * kWarpgroup;
-  static constexpr int kBytesA = kStageRows * kTokenColumns * 2;
-  static constexpr int kBytesB = kStageRows * kRowColumns * 2;
+  static constexpr int kTokenBytes = kStageRows * kTokenColumns * 2;
+  static constexpr int kRowBytes = kStageRows * kRowColumns * 2;
   struct Shared {
-    uint8_t a[kStages][kBytesA];  // [chunk][row][64 columns]
-    uint8_t b[kStages][kBytesB];
+    uint8_t tokens[kStages][kTokenBytes];  // [chunk][row][64 columns]
+    uint8_t rows[kStages][kRowBytes];
     uint64_t full[kStages], empty[kStages];
   };
 };
@@ -43,7 +42,7 @@ struct Work {
   int first_row, end_row;
 
   __device__ static Work of(const WeightGradientArguments& arguments, int tile) {
-    const int row_tiles = (arguments.row_width + kRowColumns - 1) / kRowColumns;
+    const int row_tiles = (arguments.rows.width + kRowColumns - 1) / kRowColumns;
     const int token_tiles = (arguments.tokens.width + kTokenColumns - 1) / kTokenColumns;
     Work work;
     work.expert = tile / (row_tiles * token_tiles);
@@ -56,20 +55,21 @@ struct Work {
   }
 
   static int count(const WeightGradientArguments& arguments) {
-    const int row_tiles = (arguments.row_width + kRowColumns - 1) / kRowColumns;
+    const int row_tiles = (arguments.rows.width + kRowColumns - 1) / kRowColumns;
     const int token_tiles = (arguments.tokens.width + kTokenColumns - 1) / kTokenColumns;
     return arguments.groups.experts * row_tiles * token_tiles;
   }
 };
 
-// By a warpgroup: a warp copies 16 of a stage's 64 rows, 16 threads the 256 bytes of one.
+// By a warpgroup: a warp copies 16 of a stage's 64 rows, 16 threads the 256 bytes of each of eight.
 __device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared& shared,
                           int tiles) {
-  constexpr int kRowsOfAWarp = kStageRows / 4;
+  constexpr int kRowsOfAWarp = kStageRows / 4, kRowsOfAThread = kRowsOfAWarp / 2;
   const int thread = threadIdx.x % kWarpgroup;
   const int warp = thread / kWarp, lane = thread % kWarp;
-  const int part = lane % 16;  // 16 bytes of a row
-  const uint32_t chunk_place = part / 8 * kStageRows * 128;
+  const int part = lane % 16;                            // 16 bytes of a row
+  const int first_of_warp = lane / 16 * kRowsOfAThread;  // first of the thread's rows
+  const int first_of_stage = warp * kRowsOfAWarp + first_of_warp;
   const GatheredRows& tokens = arguments.tokens;
   Ring<Tile::kStages> ring;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -93,89 +93,130 @@ __device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared
         next = after;
         after = slot_of(step + 2 * kSteps);
       }
+      const __nv_bfloat16* sources[kRowsOfAThread];
+#pragma unroll
+      for (int i = 0; i < kRowsOfAThread; ++i) {
+        const int lane_of_row = step % kSteps * kRowsOfAWarp + first_of_warp + i;
+        const int token_of_row = __shfl_sync(~0u, token, lane_of_row);
+        sources[i] = inside ? tokens.row(token_of_row) + column : tokens.data;
+      }
       const int first = work.first_row + step * kStageRows;
       const int valid_rows = min(kStageRows, work.end_row - first);
       barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
       uint64_t* full = &shared.full[ring.stage];
       if (thread == 0) {
-        barrier_expect(full, Tile::kBytesB);
-#pragma unroll
-        for (int chunk = 0; chunk < kRowColumns / kChunk; ++chunk) {
-          OpenRows<kStageRows>::load(shared.b[ring.stage] + chunk * kStageRows * 128,
-                                     &arguments.rows, full, work.row_column + chunk * kChunk, first,
-                                     valid_rows);
+        const int chunks = min(kRowColumns, arguments.rows.width - work.row_column) / kChunk;
+        barrier_expect(full, chunks * kStageRows * kChunk * 2);
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+          arguments.rows.load(shared.rows[ring.stage] + chunk * kStageRows * 128, full,
+                              work.row_column + chunk * kChunk, first, valid_rows);
         }
       }
       __syncwarp();
-      const uint32_t a = shared_address(shared.a[ring.stage]) + chunk_place;
+      const uint32_t a = shared_address(shared.tokens[ring.stage]) + part / 8 * kStageRows * 128 +
+                         first_of_stage * 128;
+      if (inside && valid_rows == kStageRows) {
 #pragma unroll
-      for (int pair = 0; pair < kRowsOfAWarp / 2; ++pair) {
-        const int within = 2 * pair + lane / 16;
-        const int row = warp * kRowsOfAWarp + within;
-        const int source = __shfl_sync(~0u, token, step % kSteps * kRowsOfAWarp + within);
+        for (int i = 0; i < kRowsOfAThread; ++i) {
+          copy_16_bytes(a + i * 128 + ((part % 8) ^ i) * 16, sources[i]);
+        }
+      } else {
         // The rows of other experts must not be summed: they are zero on both sides.
-        copy_16_bytes(a + row * 128 + ((part % 8) ^ (row % 8)) * 16,
-                      inside ? tokens.row(source) + column : tokens.data,
-                      inside && row < valid_rows ? 16 : 0);
+#pragma unroll
+        for (int i = 0; i < kRowsOfAThread; ++i) {
+          copy_16_bytes(a + i * 128 + ((part % 8) ^ i) * 16, sources[i],
+                        inside && first_of_stage + i < valid_rows ? 16 : 0);
+        }
       }
       barrier_arrive_after_copies(full);
     }
   }
 }
 
-// Adds a warpgroup's sums, 64 columns of tokens x 256 of rows. kRowMajor: the gradient is
-// [token columns, row columns], else [row columns, token columns].
-template <bool kRowMajor>
-__device__ __forceinline__ void add_sums(const WeightGradientArguments& arguments, const Work& work,
-                                         int warpgroup, const float (&sums)[kRowColumns / 2]) {
+// How two warpgroups share a tile. kTokensFirst: the gradient is [tokens' columns, columns of the
+// rows in order], and a warpgroup has 64 x 256 of it. Else it is [columns of the rows in order,
+// tokens' columns], and a warpgroup has two parts of 64 x 128. Rows of the gradient lie close
+// together in memory either way, which adding to them depends on.
+template <bool kTokensFirst>
+struct Share {
+  static constexpr int kParts = kTokensFirst ? 1 : 2;
+  static constexpr int kColumns = kTokensFirst ? kRowColumns : kTokenColumns;
+  using Sums = float[kParts][kColumns / 2];
+};
+
+// Adds 64 rows of `columns` sums to a gradient of `width` columns, the block's at `gradient`.
+template <int kHalf>
+__device__ __forceinline__ void add_part(float* gradient, int width, int columns,
+                                         const float (&sums)[kHalf]) {
+  constexpr int kAtOnce = 32;  // sums of a thread whose loads are under way together: 64 columns
   const int thread = threadIdx.x % kWarpgroup;
-  const int width = arguments.tokens.width, row_width = arguments.row_width;
-  float* gradient = arguments.gradient + int64_t(work.expert) * width * row_width;
-  const int token_column =
-      work.token_column + 64 * warpgroup + thread / kWarp * 16 + thread % kWarp / 4;
-  const int row_column = work.row_column + 2 * (thread % 4);
-  if (work.token_column + 64 * warpgroup >= width) return;  // widths are multiples of 64
+  gradient += int64_t(thread / kWarp * 16 + thread % kWarp / 4) * width + 2 * (thread % 4);
 #pragma unroll
-  for (int i = 0; i < kRowColumns / 2; i += 4) {
-    const int n = row_column + 2 * i;
-    if (row_column - 2 * (thread % 4) + 2 * i >= row_width) break;
+  for (int first = 0; first < kHalf; first += kAtOnce) {
+    if (2 * first >= columns) break;
+    float2 loaded[kAtOnce / 2];
+    // Columns in blocks of eight, two neighbours of which are a thread's, in rows 8 apart.
+    const auto place = [&](int pair) {
+      const int64_t row = pair % 2 * 8, column = (first + 2 * pair) / 4 * 8;
+      return reinterpret_cast<float2*>(gradient + row * width + column);
+    };
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int m = token_column + 8 * half;
-      if constexpr (kRowMajor) {
-        add_two_floats(gradient + int64_t(m) * row_width + n, sums[i + 2 * half],
-                       sums[i + 2 * half + 1]);
-      } else {
-        add_float(gradient + int64_t(n) * width + m, sums[i + 2 * half]);
-        add_float(gradient + int64_t(n + 1) * width + m, sums[i + 2 * half + 1]);
-      }
+    for (int pair = 0; pair < kAtOnce / 2; ++pair) loaded[pair] = *place(pair);
+#pragma unroll
+    for (int pair = 0; pair < kAtOnce / 2; ++pair) {
+      *place(pair) = {loaded[pair].x + sums[first + 2 * pair],
+                      loaded[pair].y + sums[first + 2 * pair + 1]};
     }
   }
 }
 
-template <bool kRowMajor>
+template <bool kTokensFirst>
+__device__ __forceinline__ void add_sums(const WeightGradientArguments& arguments, const Work& work,
+                                         int warpgroup,
+                                         const typename Share<kTokensFirst>::Sums& sums) {
+  const int token_width = arguments.tokens.width, row_width = arguments.rows.width;
+  float* gradient = arguments.gradient + int64_t(work.expert) * token_width * row_width;
+  const int width = kTokensFirst ? row_width : token_width;
+  const int height = kTokensFirst ? token_width : row_width;
+  const int column = kTokensFirst ? work.row_column : work.token_column;
+#pragma unroll
+  for (int part = 0; part < Share<kTokensFirst>::kParts; ++part) {
+    const int row = kTokensFirst ? work.token_column + 64 * warpgroup
+                                 : work.row_column + 128 * warpgroup + 64 * part;
+    if (row >= height) return;  // widths are multiples of 64
+    add_part(gradient + int64_t(row) * width + column, width, width - column, sums[part]);
+  }
+}
+
+template <bool kTokensFirst>
 __device__ void multiply_rows(const WeightGradientArguments& arguments, Tile::Shared& shared,
                               int tiles, int warpgroup) {
+  constexpr int kParts = Share<kTokensFirst>::kParts;
+  constexpr int kChunkBytes = kStageRows * 128;
   const bool leader = threadIdx.x % kWarpgroup == 0;
   Ring<Tile::kStages> ring;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Work work = Work::of(arguments, tile);
     const int steps = (work.end_row - work.first_row + kStageRows - 1) / kStageRows;
     if (steps == 0) continue;
-    float sums[kRowColumns / 2];
+    typename Share<kTokensFirst>::Sums sums;
     int released = ring.stage;
     for (int step = 0; step < steps; ++step, ring.advance()) {
       barrier_wait(&shared.full[ring.stage], ring.parity);
       fence_shared_for_async();  // threads' copies are ordinary writes
+      const uint32_t tokens = shared_address(shared.tokens[ring.stage]);
+      const uint32_t rows = shared_address(shared.rows[ring.stage]);
       const uint64_t a = descriptor<Swizzle::k128>(
-          shared_address(shared.a[ring.stage] + warpgroup * kStageRows * 128), kStageRows * 128);
-      const uint64_t b =
-          descriptor<Swizzle::k128>(shared_address(shared.b[ring.stage]), kStageRows * 128);
+          (kTokensFirst ? tokens : rows) + warpgroup * kParts * kChunkBytes, kChunkBytes);
+      const uint64_t b = descriptor<Swizzle::k128>(kTokensFirst ? rows : tokens, kChunkBytes);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kStageRows / 16; ++k) {
-        wgmma<true, true>(sums, advance(a, k * 16 * 128), advance(b, k * 16 * 128),
-                          step > 0 || k > 0);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          wgmma<true, true>(sums[part], advance(a, part * kChunkBytes + k * 16 * 128),
+                            advance(b, k * 16 * 128), step > 0 || k > 0);
+        }
       }
       wgmma_commit();
       wgmma_wait<1>();
@@ -185,13 +226,14 @@ __device__ void multiply_rows(const WeightGradientArguments& arguments, Tile::Sh
       }
     }
     wgmma_wait<0>();
-    hold(sums);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) hold(sums[part]);
     if (leader) barrier_arrive(&shared.empty[released]);
-    add_sums<kRowMajor>(arguments, work, warpgroup, sums);
+    add_sums<kTokensFirst>(arguments, work, warpgroup, sums);
   }
 }
 
-template <bool kRowMajor>
+template <bool kTokensFirst>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     weight_gradient_kernel(const __grid_constant__ WeightGradientArguments arguments, int tiles) {
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -206,27 +248,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   __syncthreads();
   if (warpgroup == 0) {
-    give_registers<40>();
+    give_registers<56>();
     load_rows(arguments, shared, tiles);
   } else {
-    take_registers<232>();
-    multiply_rows<kRowMajor>(arguments, shared, tiles, warpgroup - 1);
+    take_registers<224>();
+    multiply_rows<kTokensFirst>(arguments, shared, tiles, warpgroup - 1);
   }
 }
 
-template <bool kRowMajor>
+template <bool kTokensFirst>
 void launch(const ExpertSizes& sizes, const ExpertRows& rows, const void* tokens,
             const void* in_order, int row_width, float* gradient, const char* name, void* stream) {
   if (sizes.rows == 0) return;
   enter_device();
   const WeightGradientArguments arguments{
-      .rows = open_rows_map<kStageRows>(in_order, sizes.rows, row_width, row_width),
+      .rows = open_rows<kStageRows>(in_order, sizes.rows, row_width, row_width),
       .tokens = gathered_rows(sizes, rows, tokens),
       .groups = row_groups(sizes, rows),
-      .row_width = row_width,
       .gradient = gradient,
   };
-  const auto kernel = weight_gradient_kernel<kRowMajor>;
+  const auto kernel = weight_gradient_kernel<kTokensFirst>;
   constexpr int kSharedBytes = sizeof(Tile::Shared);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   kernel<<<multiprocessor_count(), Tile::kThreads, kSharedBytes,

@@ -164,18 +164,6 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
                : "memory");
 }
 
-// --- sums in global memory -------------------------------------------------------------------
-
-__device__ __forceinline__ void add_float(float* address, float value) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
-}
-
-__device__ __forceinline__ void add_two_floats(float* address, float first, float second) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first),
-               "f"(second)
-               : "memory");
-}
-
 // --- registers -------------------------------------------------------------------------------
 
 template <int kRegisters>

@@ -9,21 +9,29 @@ namespace megatron_kanana::sm90 {
 constexpr int kStoredRows = 64;
 constexpr int kStagedBytes = kStoredRows * kChunk * 2;
 
-// Up to kRows rows of a tensor [rows, width], from any row on: a tensor of three dimensions
-// [starts, kRows, width] of which neighbouring starts overlap. Its address is kRows rows before the
-// rows' own; a box then ends with the second dimension, which is what cuts its rows off.
+// Up to kRows rows of a bf16 tensor [rows, width], from any row on, in boxes of 64 columns: a
+// tensor of three dimensions [starts, kRows, width] of which neighbouring starts overlap. Its
+// address is kRows rows before the rows' own; a box then ends with the second dimension, which is
+// what cuts its rows off. The copy engine touches that address, where nothing need be, if all of a
+// box lies outside, so boxes beyond the last column are not asked for.
 template <int kRows>
 struct OpenRows {
-  __device__ __forceinline__ static void store(const CUtensorMap* map, const void* staged,
-                                               int column, int first_row, int valid_rows) {
-    store_box(map, staged, column, kRows - valid_rows, first_row + valid_rows);
+  CUtensorMap map;
+  int width;
+
+  __device__ __forceinline__ void store(const void* staged, int column, int first_row,
+                                        int valid_rows) const {
+    if (column >= width) return;
+    store_box(&map, staged, column, kRows - valid_rows, first_row + valid_rows);
   }
-  __device__ __forceinline__ static void load(void* staged, const CUtensorMap* map,
-                                              uint64_t* barrier, int column, int first_row,
-                                              int valid_rows) {
-    load_box(staged, map, barrier, column, kRows - valid_rows, first_row + valid_rows);
+  // Rows cut off are zero. Only for columns inside.
+  __device__ __forceinline__ void load(void* staged, uint64_t* barrier, int column, int first_row,
+                                       int valid_rows) const {
+    load_box(staged, &map, barrier, column, kRows - valid_rows, first_row + valid_rows);
   }
 };
+
+using StoredRows = OpenRows<kStoredRows>;
 
 // Two buffers, one of which is written while the other is read.
 class StagedRows {
@@ -32,7 +40,7 @@ class StagedRows {
       : buffers_(buffers), named_barrier_(named_barrier) {}
 
   // Writes an accumulator of 64 columns as bf16 and starts its store.
-  __device__ __forceinline__ void store(const uint32_t (&packed)[4][4], const CUtensorMap* map,
+  __device__ __forceinline__ void store(const uint32_t (&packed)[4][4], const StoredRows& rows,
                                         int column, int first_row, int valid_rows) {
     const bool leader = threadIdx.x % kWarpgroup == 0;
     uint8_t* buffer = buffers_[turn_];
@@ -42,7 +50,7 @@ class StagedRows {
     fence_shared_for_async();
     named_sync(named_barrier_, kWarpgroup);
     if (leader) {
-      OpenRows<kStoredRows>::store(map, buffer, column, first_row, valid_rows);
+      rows.store(buffer, column, first_row, valid_rows);
       bulk_commit();
     }
     turn_ ^= 1;
