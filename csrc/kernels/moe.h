@@ -75,6 +75,7 @@ int experts_grad_weight_parts(const ExpertSizes& sizes);
 
 // From grad_out [T, D]: grad_pre_activation [M, 2N], activation [M, N] times the row's weight, and
 // grad_weight_parts fp32 [M, parts] of the weights' gradients. Null where there are no weights.
+// grad_pre_activation may be pre_activation itself.
 void experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows, const void* grad_out,
                            const void* down, const void* pre_activation, void* grad_pre_activation,
                            void* weighted_activation, float* grad_weight_parts, void* stream);

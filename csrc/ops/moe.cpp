@@ -303,14 +303,14 @@ TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
   library.def(
       "moe_experts_backward(Tensor grad_out, Tensor hidden_states, Tensor weights, "
       "Tensor offsets, Tensor slot_of_row, Tensor row_of_slot, Tensor gate_up, Tensor down, "
-      "Tensor pre_activation, Tensor(a!) grad_gate_up, Tensor(b!) grad_down) "
+      "Tensor(a!) pre_activation, Tensor(b!) grad_gate_up, Tensor(c!) grad_down) "
       "-> (Tensor grad_hidden_states, Tensor grad_weights)");
   library.def(
       "gated_mlp_forward(Tensor hidden_states, Tensor gate_up, Tensor down) "
       "-> (Tensor out, Tensor pre_activation)");
   library.def(
       "gated_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor gate_up, Tensor down, "
-      "Tensor pre_activation, Tensor(a!) grad_gate_up, Tensor(b!) grad_down) "
+      "Tensor(a!) pre_activation, Tensor(b!) grad_gate_up, Tensor(c!) grad_down) "
       "-> Tensor grad_hidden_states");
 }
 

@@ -170,27 +170,26 @@ std::tuple<at::Tensor, at::Tensor> moe_experts_backward_cuda(
   const auto options = hidden_states.options();
   const void* const grad_out_data = aligned_data(grad_out, "grad_out");
 
-  at::Tensor grad_pre_activation = at::empty(pre_activation.sizes(), options);
+  // In its place: a tile is read before it is written, and nothing else reads it.
+  void* const grad_pre_activation = pre_activation.mutable_data_ptr();
   at::Tensor activation = at::empty({checked.rows, checked.width}, options);
   at::Tensor parts =
       at::empty({checked.rows, experts_grad_weight_parts(sizes)}, options.dtype(at::kFloat));
   experts_down_backward(sizes, rows, grad_out_data, aligned_data(down, "down"),
-                        aligned_data(pre_activation, "pre_activation"),
-                        grad_pre_activation.mutable_data_ptr(), activation.mutable_data_ptr(),
-                        parts.mutable_data_ptr<float>(), stream);
+                        aligned_data(pre_activation, "pre_activation"), grad_pre_activation,
+                        activation.mutable_data_ptr(), parts.mutable_data_ptr<float>(), stream);
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
   experts_grad_weights(sizes, rows, parts.const_data_ptr<float>(),
                        grad_weights.mutable_data_ptr<float>(), stream);
   experts_grad_down(sizes, rows, grad_out_data, activation.const_data_ptr(),
                     gradient_data(grad_down, "grad_down"), stream);
   activation.reset();
-  experts_grad_gate_up(sizes, rows, grad_pre_activation.const_data_ptr(),
+  experts_grad_gate_up(sizes, rows, grad_pre_activation,
                        aligned_data(hidden_states, "hidden_states"),
                        gradient_data(grad_gate_up, "grad_gate_up"), stream);
   at::Tensor grad_of_rows = at::empty({checked.rows, checked.hidden}, options);
-  experts_up_backward(sizes, rows, grad_pre_activation.const_data_ptr(),
-                      aligned_data(gate_up, "gate_up"), grad_of_rows.mutable_data_ptr(), stream);
-  grad_pre_activation.reset();
+  experts_up_backward(sizes, rows, grad_pre_activation, aligned_data(gate_up, "gate_up"),
+                      grad_of_rows.mutable_data_ptr(), stream);
   at::Tensor grad_hidden_states = at::empty(hidden_states.sizes(), options);
   experts_combine(sizes, rows, grad_of_rows.const_data_ptr(), nullptr,
                   grad_hidden_states.mutable_data_ptr(), stream);
@@ -233,22 +232,20 @@ at::Tensor gated_mlp_backward_cuda(const at::Tensor& grad_out, const at::Tensor&
   void* const stream = current_stream(hidden_states);
   const auto options = hidden_states.options();
   const void* const grad_out_data = aligned_data(grad_out, "grad_out");
-  at::Tensor grad_pre_activation = at::empty(pre_activation.sizes(), options);
+  // In its place: a tile is read before it is written, and nothing else reads it.
+  void* const grad_pre_activation = pre_activation.mutable_data_ptr();
   at::Tensor activation = at::empty({checked.tokens, checked.width}, options);
   experts_down_backward(sizes, {}, grad_out_data, aligned_data(down, "down"),
-                        aligned_data(pre_activation, "pre_activation"),
-                        grad_pre_activation.mutable_data_ptr(), activation.mutable_data_ptr(),
-                        nullptr, stream);
+                        aligned_data(pre_activation, "pre_activation"), grad_pre_activation,
+                        activation.mutable_data_ptr(), nullptr, stream);
   experts_grad_down(sizes, {}, grad_out_data, activation.const_data_ptr(),
                     gradient_data(grad_down, "grad_down"), stream);
   activation.reset();
-  experts_grad_gate_up(sizes, {}, grad_pre_activation.const_data_ptr(),
-                       aligned_data(hidden_states, "hidden_states"),
+  experts_grad_gate_up(sizes, {}, grad_pre_activation, aligned_data(hidden_states, "hidden_states"),
                        gradient_data(grad_gate_up, "grad_gate_up"), stream);
   at::Tensor grad_hidden_states = at::empty(hidden_states.sizes(), options);
-  experts_up_backward(sizes, {}, grad_pre_activation.const_data_ptr(),
-                      aligned_data(gate_up, "gate_up"), grad_hidden_states.mutable_data_ptr(),
-                      stream);
+  experts_up_backward(sizes, {}, grad_pre_activation, aligned_data(gate_up, "gate_up"),
+                      grad_hidden_states.mutable_data_ptr(), stream);
   return grad_hidden_states;
 }
 

@@ -293,3 +293,14 @@ def test_wrong_inputs_of_the_backward_pass_are_refused_by_name(
     }
     with pytest.raises(RuntimeError, match=re.escape(message)):
         torch.ops.megatron_kanana.moe_experts_backward(*(arguments | wrong).values())
+
+
+def test_a_second_backward_pass_through_the_same_graph_is_refused() -> None:
+    inputs = random_inputs(Sizes(20, 2, 4, 64, 64))
+    order = permutation_of(inputs.chosen, 4, inputs.rows, backend="csrc")
+    gate_up, down = (tensor.requires_grad_() for tensor in (inputs.gate_up, inputs.down))
+    given = (inputs.hidden_states.requires_grad_(), inputs.weights, order, gate_up, down)
+    out = routed_experts(*given, backend="csrc").sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()

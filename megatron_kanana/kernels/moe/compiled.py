@@ -134,6 +134,8 @@ class _Route(torch.autograd.Function):
         return grad_logits_TX, None, None, None, None, None
 
 
+# Backward may write gradients over the pre-activation, which saves its size. Its version then tells
+# autograd, which refuses a second backward pass through the same graph.
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -175,6 +177,7 @@ class _RoutedExperts(torch.autograd.Function):
             pre_activation_M2N,
             *buffers,
         )
+        torch.autograd.graph.increment_version(pre_activation_M2N)
         grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
         return grad_hidden_states_TD, grad_weights_TK, None, None, None, *grad_parameters
 
@@ -205,6 +208,7 @@ class _GatedMLP(torch.autograd.Function):
             pre_activation_T2N,
             *buffers,
         )
+        torch.autograd.graph.increment_version(pre_activation_T2N)
         return grad_hidden_states_TD, *map(gradient_to_return, ctx.parameters, buffers)
 
 
