@@ -136,12 +136,13 @@ CSRC_EXPERTS = Experts(
     width=4.0,
     shared=4.0,
     router=(4.0, 16.0, 4.0),
-    passing=(2.0, 6.0),
+    passing=(2.0, 2.0),
     fused=True,
     single_launch=True,
 )
-"""This version's kernels: pre-activations alone are kept. Backward, a visit's gradients of hidden
-state and pre-activation and its activation are there for a while, in bf16."""
+"""This version's kernels: pre-activations alone are kept. Beside them a visit has its activation and
+its output for a while, or backward the gradient of its hidden state, in bf16; the gradient of a
+pre-activation takes its place."""
 
 PLAIN_EXPERTS = Experts(
     "torch",
