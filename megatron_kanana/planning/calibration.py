@@ -140,9 +140,9 @@ CSRC_EXPERTS = Experts(
     fused=True,
     single_launch=True,
 )
-"""This version's kernels: pre-activations alone are kept. Beside them a visit has its activation and
-its output for a while, or backward the gradient of its hidden state, in bf16; the gradient of a
-pre-activation takes its place."""
+"""This version's kernels: pre-activations alone are kept. Beside them a visit has its activation
+and its output for a while, or backward the gradient of its hidden state, in bf16; the gradient of
+a pre-activation takes its place."""
 
 PLAIN_EXPERTS = Experts(
     "torch",
