@@ -61,11 +61,21 @@ def test_accumulators_stay_in_registers(compiled: dict[str, tuple[Path, str]]) -
     assert max(stores) <= ALLOWED_SPILL_BYTES
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "flash_attention_forward",
+        "flash_attention_backward",
+        "experts_up_forward",
+        "experts_products",
+        "experts_down_backward",
+        "experts_weight_gradient",
+    ],
+)
 def test_kernels_multiply_on_hoppers_own_units(
     compiled: dict[str, tuple[Path, str]], kernel: str
 ) -> None:
-    target, _ = compiled[f"sm90_flash_attention_{kernel}"]
+    target, _ = compiled[f"sm90_{kernel}"]
     code = subprocess.run(
         [str(TOOLS / "bin/cuobjdump"), "-sass", str(target)],
         capture_output=True,

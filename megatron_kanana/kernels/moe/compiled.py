@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_kanana.native_library import HOPPER_EXPERT_WIDTH_UNIT
+
 from ..native import load_native_operations
 from .permutation import Permutation
 from .weight_gradients import gradient_buffer, gradient_to_return
@@ -79,6 +81,7 @@ def routed_experts(
 
 def _routed_experts(*tensors: torch.Tensor) -> torch.Tensor:
     _register()
+    _check_cuda(tensors[0], tensors[-1])
     out_TD: torch.Tensor = _RoutedExperts.apply(*tensors)
     return out_TD
 
@@ -88,6 +91,7 @@ def gated_mlp(
 ) -> torch.Tensor:
     """See `gated_mlp` of the package."""
     _register()
+    _check_cuda(hidden_states_TD, down_DN)
     out_TD: torch.Tensor = _GatedMLP.apply(hidden_states_TD, gate_up_2ND, down_DN)
     return out_TD
 
@@ -96,6 +100,18 @@ def gated_mlp(
 # traces the operations they call. Such a function takes and returns tensors and numbers alone.
 for _function in (route, count_tokens, _permutation_of, _routed_experts, gated_mlp):
     torch.compiler.allow_in_graph(_function)
+
+
+def _check_cuda(hidden_states: torch.Tensor, down: torch.Tensor) -> None:
+    hidden_size, width = down.shape[-2:]
+    fits = not (hidden_size % HOPPER_EXPERT_WIDTH_UNIT or width % HOPPER_EXPERT_WIDTH_UNIT)
+    if not hidden_states.is_cuda or (hidden_states.dtype == torch.bfloat16 and fits):
+        return
+    raise RuntimeError(
+        "kernels.moe_backend = csrc: on CUDA it takes bfloat16 and a hidden size and width that are "
+        f"multiples of {HOPPER_EXPERT_WIDTH_UNIT}, not {hidden_states.dtype}, {hidden_size} and "
+        f"{width}; set kernels.moe_backend=torch"
+    )
 
 
 class _Route(torch.autograd.Function):
