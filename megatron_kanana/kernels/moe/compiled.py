@@ -108,9 +108,9 @@ def _check_cuda(hidden_states: torch.Tensor, down: torch.Tensor) -> None:
     if not hidden_states.is_cuda or (hidden_states.dtype == torch.bfloat16 and fits):
         return
     raise RuntimeError(
-        "kernels.moe_backend = csrc: on CUDA it takes bfloat16 and a hidden size and width that are "
-        f"multiples of {HOPPER_EXPERT_WIDTH_UNIT}, not {hidden_states.dtype}, {hidden_size} and "
-        f"{width}; set kernels.moe_backend=torch"
+        "kernels.moe_backend = csrc: on CUDA it takes bfloat16, and hidden sizes and widths that "
+        f"are multiples of {HOPPER_EXPERT_WIDTH_UNIT}, not {hidden_states.dtype}, {hidden_size} "
+        f"and {width}; set kernels.moe_backend=torch"
     )
 
 
