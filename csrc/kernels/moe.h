@@ -12,6 +12,7 @@ namespace megatron_kanana {
 
 constexpr int kMaxExperts = 512;
 constexpr int kMaxExpertsOfAToken = 32;
+constexpr int kMaxCounts = 12288;  // as many as shared memory has without asking for more
 
 struct ExpertSizes {
   int tokens;            // T
@@ -48,7 +49,8 @@ void moe_route(const RoutingSizes& sizes, const float* logits, const float* bias
 void moe_route_backward(const RoutingSizes& sizes, const float* grad_weights, const float* logits,
                         const int32_t* experts, float* grad_logits, void* stream);
 
-// Adds the tokens of each expert to counts [experts]; padding [T] or null.
+// Adds the tokens of each expert to counts [experts], at most kMaxCounts: experts may be numbered
+// apart for each sequence. padding [T] or null.
 void moe_count(const RoutingSizes& sizes, const int32_t* experts, const bool* padding,
                float* counts, void* stream);
 

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     count_kernel(RoutingSizes sizes, const int32_t* __restrict__ experts_of_slots,
                  const bool* __restrict__ padding, float* __restrict__ counts) {
-  __shared__ int sums[kMaxExperts];
+  extern __shared__ int sums[];
   for (int expert = threadIdx.x; expert < sizes.experts; expert += kThreads) sums[expert] = 0;
   __syncthreads();
   const int64_t slots = int64_t(sizes.tokens) * sizes.experts_of_token;
@@ -227,8 +227,8 @@ void moe_count(const RoutingSizes& sizes, const int32_t* experts, const bool* pa
                float* counts, void* stream) {
   if (sizes.tokens == 0) return;
   constexpr int kBlocks = 132;
-  count_kernel<<<kBlocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(sizes, experts, padding,
-                                                                            counts);
+  count_kernel<<<kBlocks, kThreads, sizes.experts * sizeof(int),
+                 static_cast<cudaStream_t>(stream)>>>(sizes, experts, padding, counts);
   sm90::check_cuda("moe_count");
 }
 

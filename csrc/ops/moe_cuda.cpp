@@ -30,7 +30,6 @@ void check_experts_limit(int64_t experts) {
 
 RoutingSizes routing_sizes(const RouteSizes& sizes, int64_t groups, int64_t groups_of_token,
                            double scaling_factor) {
-  check_experts_limit(sizes.experts);
   TORCH_CHECK(sizes.slots <= kMaxExpertsOfAToken, "a token may have at most ", kMaxExpertsOfAToken,
               " experts on CUDA, got ", sizes.slots);
   TORCH_CHECK(groups <= kMaxGroups, "num_groups must be at most ", kMaxGroups, " on CUDA, got ",
@@ -46,6 +45,7 @@ std::tuple<at::Tensor, at::Tensor> moe_route_cuda(const at::Tensor& logits,
                                                   int64_t groups_per_token, double scaling_factor) {
   const RouteSizes sizes = check_route(logits, expert_bias, num_experts_per_token, num_groups,
                                        groups_per_token, scaling_factor);
+  check_experts_limit(sizes.experts);
   const auto routing = routing_sizes(sizes, num_groups, groups_per_token, scaling_factor);
   const c10::DeviceGuard guard(logits.device());
   at::Tensor weights = at::empty({sizes.tokens, sizes.slots}, logits.options());
@@ -59,8 +59,9 @@ std::tuple<at::Tensor, at::Tensor> moe_route_cuda(const at::Tensor& logits,
 
 at::Tensor moe_route_backward_cuda(const at::Tensor& grad_weights, const at::Tensor& logits,
                                    const at::Tensor& chosen, double scaling_factor) {
-  const auto routing = routing_sizes(
-      check_route_backward(grad_weights, logits, chosen, scaling_factor), 1, 1, scaling_factor);
+  const RouteSizes sizes = check_route_backward(grad_weights, logits, chosen, scaling_factor);
+  check_experts_limit(sizes.experts);
+  const auto routing = routing_sizes(sizes, 1, 1, scaling_factor);
   const c10::DeviceGuard guard(logits.device());
   at::Tensor grad_logits = at::empty(logits.sizes(), logits.options());
   moe_route_backward(routing, grad_weights.const_data_ptr<float>(), logits.const_data_ptr<float>(),
@@ -71,7 +72,10 @@ at::Tensor moe_route_backward_cuda(const at::Tensor& grad_weights, const at::Ten
 
 void moe_count_cuda(const at::Tensor& chosen, const std::optional<at::Tensor>& padding,
                     const at::Tensor& counts) {
-  const auto routing = routing_sizes(check_count(chosen, padding, counts), 1, 1, 1.0);
+  const RouteSizes sizes = check_count(chosen, padding, counts);
+  TORCH_CHECK(sizes.experts <= kMaxCounts, "counts may be at most ", kMaxCounts, " on CUDA, got ",
+              sizes.experts);
+  const auto routing = routing_sizes(sizes, 1, 1, 1.0);
   const c10::DeviceGuard guard(chosen.device());
   moe_count(routing, chosen.const_data_ptr<int32_t>(),
             padding ? padding->const_data_ptr<bool>() : nullptr, counts.mutable_data_ptr<float>(),

@@ -91,6 +91,15 @@ def test_counts_are_added(padded: bool) -> None:
     assert torch.equal(counts, expected)
 
 
+def test_experts_of_many_sequences_are_counted_apart() -> None:
+    # As the balance loss does: more numbers than a layer may have experts.
+    chosen = torch.randint(4096, (3000, 6), device="cuda", dtype=torch.int32)
+    counts, expected = torch.zeros(2, 4096, device="cuda").unbind()
+    count_tokens(chosen, counts, backend="csrc")
+    count_tokens(chosen, expected, backend="torch")
+    assert torch.equal(counts, expected)
+
+
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(("tokens", "experts"), [(0, 8), (1, 8), (7, 128), (1000, 8), (20000, 128)])
 def test_permutations_are_the_reference_s(load: str, tokens: int, experts: int) -> None:
