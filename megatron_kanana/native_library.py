@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 NATIVE_LIBRARY = Path(__file__).resolve().parent / "_native.so"
@@ -12,3 +14,42 @@ HOPPER_ATTENTION_WIDTHS = ((192, 128), (128, 128), (64, 64))
 
 HOPPER_EXPERT_WIDTH_UNIT = 64
 """The CUDA kernels of experts take hidden sizes and widths that are multiples of it; bf16 only."""
+
+HOPPER_MAX_EXPERTS = 512
+HOPPER_MAX_EXPERTS_OF_A_TOKEN = 32
+HOPPER_MAX_EXPERT_GROUPS = 32
+"""The CUDA kernels of routing take as many (csrc/kernels/moe.h)."""
+
+
+@dataclass(frozen=True)
+class ExpertLayerSizes:
+    """What decides whether the CUDA kernels of experts have a layer.
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        width: of an expert, of its part on a process under expert tensor parallelism.
+        num_experts: of all processes.
+        num_experts_per_token: that each token visits.
+        num_groups: that the experts are dealt into.
+    """
+
+    hidden_size: int
+    width: int
+    num_experts: int
+    num_experts_per_token: int
+    num_groups: int
+
+    def hopper_limits_passed(self) -> Iterator[str]:
+        """What the CUDA kernels do not take, in words."""
+        if self.hidden_size % HOPPER_EXPERT_WIDTH_UNIT or self.width % HOPPER_EXPERT_WIDTH_UNIT:
+            yield (
+                f"multiples of {HOPPER_EXPERT_WIDTH_UNIT}, not a hidden size of {self.hidden_size} "
+                f"and experts {self.width} wide"
+            )
+        for number, limit, what in (
+            (self.num_experts, HOPPER_MAX_EXPERTS, "experts"),
+            (self.num_experts_per_token, HOPPER_MAX_EXPERTS_OF_A_TOKEN, "experts a token"),
+            (self.num_groups, HOPPER_MAX_EXPERT_GROUPS, "groups of experts"),
+        ):
+            if number > limit:
+                yield f"at most {limit} {what}, not {number}"

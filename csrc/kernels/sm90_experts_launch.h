@@ -1,6 +1,8 @@
 // What the launchers of the experts' products share.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "moe.h"
 #include "sm90_launch.h"
 #include "sm90_row_matmul.cuh"

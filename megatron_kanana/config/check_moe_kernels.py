@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_kanana.native_library import HOPPER_EXPERT_WIDTH_UNIT
-
 from .environment import Environment, resolve_device, resolve_precision
+from .expert_sizes import expert_layer_sizes
 from .problems import Problem
 from .schema import Settings
 
@@ -33,13 +32,7 @@ def check_moe_kernels(settings: Settings, environment: Environment) -> Iterator[
             "has no experts in precision.compute = fp32 on CUDA",
             "set precision.compute=bf16, or choose torch or auto",
         )
-    hidden_size = settings.model.hidden_size
-    width = settings.model.moe_ffn_hidden_size // settings.parallel.expert_tensor_parallel_size
-    if hidden_size % HOPPER_EXPERT_WIDTH_UNIT or width % HOPPER_EXPERT_WIDTH_UNIT:
+    for limit in expert_layer_sizes(settings).hopper_limits_passed():
         yield Problem(
-            "kernels.moe_backend",
-            backend,
-            f"on CUDA it takes multiples of {HOPPER_EXPERT_WIDTH_UNIT}; model.hidden_size is "
-            f"{hidden_size}, and a process has {width} of an expert's width",
-            "choose torch or auto",
+            "kernels.moe_backend", backend, f"on CUDA it takes {limit}", "choose torch or auto"
         )

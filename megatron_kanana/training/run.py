@@ -24,6 +24,7 @@ from megatron_kanana.config import (
 from megatron_kanana.config.batch_sizes import global_batch_size, samples_of_steps
 from megatron_kanana.config.check_files import check_saved_model
 from megatron_kanana.config.check_mixture import check_position
+from megatron_kanana.config.expert_sizes import expert_layer_sizes
 from megatron_kanana.config.ledger import Ledger, SampleRange, read_ledger
 from megatron_kanana.config.mixture import mixture, sources, tokens_by_source
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
@@ -155,10 +156,7 @@ def _choose_backends(settings: Settings, device: Device) -> Backends:
         kernels.moe_backend,
         device.torch_device.type,
         dtype=device.dtype,
-        hidden_size=model.hidden_size,
-        moe_ffn_hidden_size=(
-            model.moe_ffn_hidden_size // settings.parallel.expert_tensor_parallel_size
-        ),
+        sizes=expert_layer_sizes(settings),
     )
     return Backends(attention, experts)
 

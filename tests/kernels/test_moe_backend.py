@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_kanana.kernels.moe.backend import choose_moe_backend
+from megatron_kanana.native_library import (
+    HOPPER_MAX_EXPERTS,
+    HOPPER_MAX_EXPERTS_OF_A_TOKEN,
+    ExpertLayerSizes,
+)
 
 MODULE = "megatron_kanana.kernels.moe.backend"
 
 
 def choice(requested: str, device_type: str, **options: Any) -> str:
     """For Kanana-2's sizes in bf16 where nothing else is said."""
-    usual = {"dtype": torch.bfloat16, "hidden_size": 2048, "moe_ffn_hidden_size": 768}
-    return choose_moe_backend(requested, device_type, **{**usual, **options})
+    dtype = options.pop("dtype", torch.bfloat16)
+    sizes = dataclasses.replace(ExpertLayerSizes(2048, 768, 128, 6, 1), **options)
+    return choose_moe_backend(requested, device_type, dtype=dtype, sizes=sizes)
 
 
 @pytest.fixture
@@ -37,10 +46,14 @@ def test_auto_takes_the_compiled_operations_where_they_run(
     assert "kernels of the experts: csrc (compiled operations found)" in caplog.text
     assert choice("torch", "cpu") == "torch"
     assert choice("auto", "cuda") == "csrc" and choice("csrc", "cuda") == "csrc"
-    assert choice("auto", "cuda", moe_ffn_hidden_size=96) == "torch"
+    assert choice("auto", "cuda", width=96) == "torch"
     assert "torch (the CUDA kernels take multiples of 64, not a hidden size of 2048" in caplog.text
     assert choice("auto", "cuda", hidden_size=96) == "torch"
     assert choice("auto", "cuda", dtype=torch.float32) == "torch"
+    assert choice("auto", "cuda", num_experts=513) == "torch"
+    assert "torch (the CUDA kernels take at most 512 experts, not 513)" in caplog.text
+    assert choice("auto", "cuda", num_experts_per_token=33) == "torch"
+    assert choice("auto", "cuda", num_groups=64) == "torch"
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
     assert choice("auto", "cuda") == "torch"
     monkeypatch.setattr(f"{MODULE}.native_library_error", lambda: "not built")
@@ -71,3 +84,10 @@ def test_the_interface_needs_torch_alone() -> None:
     imported = set(finished.stdout.split())
     assert "torch" in imported
     assert not imported & {"megatron", "hydra", "omegaconf", "transformer_engine"}
+
+
+def test_limits_are_those_the_kernels_are_compiled_for() -> None:
+    header = Path(__file__).parents[2] / "csrc" / "kernels" / "moe.h"
+    found = dict(re.findall(r"constexpr int (\w+) = (\d+);", header.read_text()))
+    assert int(found["kMaxExperts"]) == HOPPER_MAX_EXPERTS
+    assert int(found["kMaxExpertsOfAToken"]) == HOPPER_MAX_EXPERTS_OF_A_TOKEN

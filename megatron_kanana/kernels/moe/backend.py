@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from megatron_kanana.native_library import HOPPER_EXPERT_WIDTH_UNIT
+from megatron_kanana.native_library import ExpertLayerSizes
 
 from ..native import has_operation_for, native_library_error
 
@@ -18,8 +18,7 @@ def choose_moe_backend(
     device_type: str,
     *,
     dtype: torch.dtype,
-    hidden_size: int,
-    moe_ffn_hidden_size: int,
+    sizes: ExpertLayerSizes,
 ) -> str:
     """Pick the backend of routing and experts once, at start-up, and log the reason.
 
@@ -27,8 +26,7 @@ def choose_moe_backend(
         requested: `kernels.moe_backend`: 'auto', 'csrc' or 'torch'.
         device_type: 'cuda' or 'cpu'.
         dtype: what the experts are computed in.
-        hidden_size: width of the residual stream.
-        moe_ffn_hidden_size: width of an expert, of its part here under expert tensor parallelism.
+        sizes: of the layer.
 
     Raises:
         RuntimeError: what was asked for cannot be used here.
@@ -36,7 +34,7 @@ def choose_moe_backend(
     if requested == "torch":
         backend, reason = requested, "asked for by kernels.moe_backend"
     else:
-        error = _csrc_error(device_type, dtype, hidden_size, moe_ffn_hidden_size)
+        error = _csrc_error(device_type, dtype, sizes)
         if requested == "csrc" and error is not None:
             raise RuntimeError(f"kernels.moe_backend = csrc: {error}; or set it to auto")
         backend = "csrc" if error is None else "torch"
@@ -46,9 +44,7 @@ def choose_moe_backend(
     return backend
 
 
-def _csrc_error(
-    device_type: str, dtype: torch.dtype, hidden_size: int, moe_ffn_hidden_size: int
-) -> str | None:
+def _csrc_error(device_type: str, dtype: torch.dtype, sizes: ExpertLayerSizes) -> str | None:
     if (error := native_library_error()) is not None:
         return error
     if device_type == "cuda":
@@ -56,11 +52,8 @@ def _csrc_error(
             return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
         if dtype != torch.bfloat16:
             return f"the CUDA kernels compute in bfloat16, not {dtype}"
-        if hidden_size % HOPPER_EXPERT_WIDTH_UNIT or moe_ffn_hidden_size % HOPPER_EXPERT_WIDTH_UNIT:
-            return (
-                f"the CUDA kernels take multiples of {HOPPER_EXPERT_WIDTH_UNIT}, not a hidden size "
-                f"of {hidden_size} and experts {moe_ffn_hidden_size} wide"
-            )
+        for limit in sizes.hopper_limits_passed():
+            return f"the CUDA kernels take {limit}"
     if not has_operation_for("moe_experts_forward", device_type.upper()):
         return f"the compiled operations have no experts for {device_type} (build them again)"
     return None

@@ -162,6 +162,13 @@ LAUNCH = {
         "choose torch or auto",
         CUDA_MACHINE,
     ),
+    "more experts than the compiled routing takes on a GPU": Bad(
+        ("kernels.moe_backend=csrc", "model.num_experts=1024"),
+        "kernels.moe_backend",
+        "csrc",
+        "choose torch or auto",
+        CUDA_MACHINE,
+    ),
     "unknown cluster": Bad(("cluster=pbs",), "cluster", "pbs", "h200_slurm or local or slurm"),
     "several nodes of this machine": Bad(
         ("cluster.nodes=2",), "cluster.nodes", "2", "choose cluster=slurm"
