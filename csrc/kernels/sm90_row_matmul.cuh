@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_b(const typename Matmul::Arguments& argumen
   }
 }
 
-// By one thread.
+// By a warp, of which one thread loads.
 template <class Matmul>
 __device__ void load_tiles(const typename Matmul::Arguments& arguments,
                            typename Matmul::Shared& shared) {
