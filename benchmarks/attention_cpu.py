@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +23,12 @@ from megatron_kanana.kernels.attention import attention
 from megatron_kanana.kernels.native import load_native_operations
 
 from .card import RESULTS_DIR, Row, write_card
+from .interleaved_cpu import rows_in_turns
 
 OURS = "csrc"
 MATH = "SDPA math"
 FLASH = "SDPA flash"  # has no kernel for value widths other than the queries'
 PEERS = {MATH: SDPBackend.MATH, FLASH: SDPBackend.FLASH_ATTENTION}
-LEAST_SECONDS = 0.02  # of one measurement; short calls are repeated
 
 
 @dataclass(frozen=True)
@@ -122,38 +120,10 @@ def calls(function: Attention, tensors: Tensors) -> dict[str, Callable[[], objec
     return {"forward": forward, "forward + backward": forward_and_backward}
 
 
-def interleaved_ms(
-    functions: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, list[float]]:
-    """Milliseconds of each in each round; every round begins with another function."""
-    repeats = {}
-    for name, function in functions.items():
-        function()
-        start = time.perf_counter()
-        function()
-        repeats[name] = math.ceil(LEAST_SECONDS / (time.perf_counter() - start))
-    names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                functions[name]()
-            times[name].append((time.perf_counter() - start) * 1e3 / repeats[name])
-    return times
-
-
 def time_case(case: Case, rounds: int) -> list[Row]:
     """One row for each direction and peer."""
     by_name = {name: calls(*contender) for name, contender in contenders(case).items()}
-    rows = []
-    for direction in by_name[OURS]:
-        times = interleaved_ms({name: own[direction] for name, own in by_name.items()}, rounds)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        own = medians.pop(OURS)
-        for peer, other in medians.items():
-            rows.append(Row(f"{case}: {direction}", "ms", own, peer, other, other / own, rounds))
-    return rows
+    return rows_in_turns(str(case), OURS, by_name, rounds)
 
 
 def outputs(function: Attention, tensors: Tensors, sequence_first: bool) -> Tensors:

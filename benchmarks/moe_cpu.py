@@ -10,7 +10,6 @@ megatron-core's data parallelism. All layers have the same weights.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,8 @@ from megatron_kanana.device.patches import apply_patches
 from megatron_kanana.kernels.moe import permutation_of, route, routed_experts
 from megatron_kanana.kernels.native import load_native_operations
 
-from .attention_cpu import interleaved_ms
 from .card import RESULTS_DIR, Row, write_card
+from .interleaved_cpu import rows_in_turns
 from .moe_peers import give_main_grads
 
 OURS = "csrc"
@@ -213,14 +212,7 @@ def time_case(case: Case, rounds: int) -> list[Row]:
     """One row for each direction and peer."""
     tensors = random_tensors(case)
     by_name = {name: calls(layer, tensors) for name, layer in contenders(case, tensors).items()}
-    rows = []
-    for direction in by_name[OURS]:
-        times = interleaved_ms({name: own[direction] for name, own in by_name.items()}, rounds)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        own = medians.pop(OURS)
-        for peer, other in medians.items():
-            rows.append(Row(f"{case}: {direction}", "ms", own, peer, other, other / own, rounds))
-    return rows
+    return rows_in_turns(str(case), OURS, by_name, rounds)
 
 
 def results(layer: nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -21,6 +21,11 @@ HOPPER_MAX_EXPERT_GROUPS = 32
 """The CUDA kernels of routing take as many (csrc/kernels/moe.h)."""
 
 
+def hopper_has_expert_widths(hidden_size: int, width: int) -> bool:
+    """Whether the CUDA kernels of experts take a hidden size and a width of an expert."""
+    return not (hidden_size % HOPPER_EXPERT_WIDTH_UNIT or width % HOPPER_EXPERT_WIDTH_UNIT)
+
+
 @dataclass(frozen=True)
 class ExpertLayerSizes:
     """What decides whether the CUDA kernels of experts have a layer.
@@ -41,7 +46,7 @@ class ExpertLayerSizes:
 
     def hopper_limits_passed(self) -> Iterator[str]:
         """What the CUDA kernels do not take, in words."""
-        if self.hidden_size % HOPPER_EXPERT_WIDTH_UNIT or self.width % HOPPER_EXPERT_WIDTH_UNIT:
+        if not hopper_has_expert_widths(self.hidden_size, self.width):
             yield (
                 f"multiples of {HOPPER_EXPERT_WIDTH_UNIT}, not a hidden size of {self.hidden_size} "
                 f"and experts {self.width} wide"

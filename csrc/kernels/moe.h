@@ -12,7 +12,9 @@ namespace megatron_kanana {
 
 constexpr int kMaxExperts = 512;
 constexpr int kMaxExpertsOfAToken = 32;
-constexpr int kMaxCounts = 12288;  // as many as shared memory has without asking for more
+constexpr int kMaxExpertGroups = 32;
+constexpr int kExpertWidthUnit = 64;  // hidden size and width of an expert are multiples of it
+constexpr int kMaxCounts = 12288;     // as many as shared memory has without asking for more
 
 struct ExpertSizes {
   int tokens;            // T
@@ -37,7 +39,7 @@ struct RoutingSizes {
   int tokens;
   int experts;           // of all processes, at most kMaxExperts
   int experts_of_token;  // at most kMaxExpertsOfAToken
-  int groups;            // at most 32
+  int groups;            // at most kMaxExpertGroups
   int groups_of_token;
   float scaling_factor;
 };

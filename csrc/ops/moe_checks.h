@@ -170,6 +170,22 @@ inline ExpertsSizes check_experts_forward(const at::Tensor& hidden_states,
   return sizes;
 }
 
+// What every backward pass takes beside what its forward pass took.
+inline void check_moe_backward(const at::Tensor& grad_out, const at::Tensor& hidden_states,
+                               const at::Tensor& gate_up, const at::Tensor& down,
+                               const at::Tensor& pre_activation, int64_t rows,
+                               const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
+  const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
+                         at::ScalarType wanted) {
+    check_moe_tensor(tensor, name, shape, wanted, hidden_states, "hidden_states");
+  };
+  const at::ScalarType dtype = hidden_states.scalar_type();
+  check(grad_out, "grad_out", hidden_states.sizes(), dtype);
+  check(pre_activation, "pre_activation", {rows, 2 * down.size(-1)}, dtype);
+  check(grad_gate_up, "grad_gate_up", gate_up.sizes(), at::kFloat);
+  check(grad_down, "grad_down", down.sizes(), at::kFloat);
+}
+
 inline ExpertsSizes check_experts_backward(
     const at::Tensor& grad_out, const at::Tensor& hidden_states, const at::Tensor& weights,
     const at::Tensor& offsets, const at::Tensor& slot_of_row, const at::Tensor& row_of_slot,
@@ -177,15 +193,8 @@ inline ExpertsSizes check_experts_backward(
     const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
   const ExpertsSizes sizes = check_experts_forward(hidden_states, weights, offsets, slot_of_row,
                                                    row_of_slot, gate_up, down);
-  const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
-                         at::ScalarType wanted) {
-    check_moe_tensor(tensor, name, shape, wanted, hidden_states, "hidden_states");
-  };
-  const at::ScalarType dtype = hidden_states.scalar_type();
-  check(grad_out, "grad_out", hidden_states.sizes(), dtype);
-  check(pre_activation, "pre_activation", {sizes.rows, 2 * sizes.width}, dtype);
-  check(grad_gate_up, "grad_gate_up", gate_up.sizes(), at::kFloat);
-  check(grad_down, "grad_down", down.sizes(), at::kFloat);
+  check_moe_backward(grad_out, hidden_states, gate_up, down, pre_activation, sizes.rows,
+                     grad_gate_up, grad_down);
   return sizes;
 }
 
@@ -210,15 +219,8 @@ inline GatedMlpSizes check_gated_mlp_backward(const at::Tensor& grad_out,
                                               const at::Tensor& grad_gate_up,
                                               const at::Tensor& grad_down) {
   const GatedMlpSizes sizes = check_gated_mlp_forward(hidden_states, gate_up, down);
-  const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
-                         at::ScalarType wanted) {
-    check_moe_tensor(tensor, name, shape, wanted, hidden_states, "hidden_states");
-  };
-  const at::ScalarType dtype = hidden_states.scalar_type();
-  check(grad_out, "grad_out", hidden_states.sizes(), dtype);
-  check(pre_activation, "pre_activation", {sizes.tokens, 2 * sizes.width}, dtype);
-  check(grad_gate_up, "grad_gate_up", gate_up.sizes(), at::kFloat);
-  check(grad_down, "grad_down", down.sizes(), at::kFloat);
+  check_moe_backward(grad_out, hidden_states, gate_up, down, pre_activation, sizes.tokens,
+                     grad_gate_up, grad_down);
   return sizes;
 }
 

@@ -15,9 +15,6 @@
 namespace megatron_kanana {
 namespace {
 
-constexpr int64_t kWidthUnit = 64;  // a hidden size and experts' widths are multiples of it
-constexpr int64_t kMaxGroups = 32;
-
 int to_int(int64_t size, const char* name) {
   TORCH_CHECK(size <= std::numeric_limits<int>::max() / 2, name, " must be below 2^30, got ", size);
   return static_cast<int>(size);
@@ -32,8 +29,8 @@ RoutingSizes routing_sizes(const RouteSizes& sizes, int64_t groups, int64_t grou
                            double scaling_factor) {
   TORCH_CHECK(sizes.slots <= kMaxExpertsOfAToken, "a token may have at most ", kMaxExpertsOfAToken,
               " experts on CUDA, got ", sizes.slots);
-  TORCH_CHECK(groups <= kMaxGroups, "num_groups must be at most ", kMaxGroups, " on CUDA, got ",
-              groups);
+  TORCH_CHECK(groups <= kMaxExpertGroups, "num_groups must be at most ", kMaxExpertGroups,
+              " on CUDA, got ", groups);
   return {to_int(sizes.tokens, "tokens"),    static_cast<int>(sizes.experts),
           static_cast<int>(sizes.slots),     static_cast<int>(groups),
           static_cast<int>(groups_of_token), static_cast<float>(scaling_factor)};
@@ -106,8 +103,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_permutation_cuda(const at::Te
 ExpertSizes product_sizes(const at::Tensor& hidden_states, const ExpertsSizes& sizes) {
   TORCH_CHECK(hidden_states.scalar_type() == at::kBFloat16,
               "hidden_states must be bfloat16 on CUDA, got ", hidden_states.scalar_type());
-  TORCH_CHECK(sizes.hidden % kWidthUnit == 0 && sizes.width % kWidthUnit == 0,
-              "hidden size and width must be multiples of ", kWidthUnit, " on CUDA, got ",
+  TORCH_CHECK(sizes.hidden % kExpertWidthUnit == 0 && sizes.width % kExpertWidthUnit == 0,
+              "hidden size and width must be multiples of ", kExpertWidthUnit, " on CUDA, got ",
               sizes.hidden, " and ", sizes.width);
   check_experts_limit(sizes.experts);
   return {to_int(sizes.tokens, "tokens"),  static_cast<int>(sizes.slots),

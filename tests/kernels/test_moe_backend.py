@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ import torch
 
 from megatron_kanana.kernels.moe.backend import choose_moe_backend
 from megatron_kanana.native_library import (
+    HOPPER_EXPERT_WIDTH_UNIT,
+    HOPPER_MAX_EXPERT_GROUPS,
     HOPPER_MAX_EXPERTS,
     HOPPER_MAX_EXPERTS_OF_A_TOKEN,
     ExpertLayerSizes,
@@ -73,21 +73,10 @@ def test_what_was_asked_for_and_cannot_run_is_refused_by_name(
         choice("csrc", "cuda")
 
 
-def test_the_interface_needs_torch_alone() -> None:
-    code = (
-        "import sys, megatron_kanana.kernels.moe, megatron_kanana.kernels.moe.backend;"
-        "print(*{name.partition('.')[0] for name in sys.modules})"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
-    imported = set(finished.stdout.split())
-    assert "torch" in imported
-    assert not imported & {"megatron", "hydra", "omegaconf", "transformer_engine"}
-
-
 def test_limits_are_those_the_kernels_are_compiled_for() -> None:
     header = Path(__file__).parents[2] / "csrc" / "kernels" / "moe.h"
     found = dict(re.findall(r"constexpr int (\w+) = (\d+);", header.read_text()))
     assert int(found["kMaxExperts"]) == HOPPER_MAX_EXPERTS
     assert int(found["kMaxExpertsOfAToken"]) == HOPPER_MAX_EXPERTS_OF_A_TOKEN
+    assert int(found["kMaxExpertGroups"]) == HOPPER_MAX_EXPERT_GROUPS
+    assert int(found["kExpertWidthUnit"]) == HOPPER_EXPERT_WIDTH_UNIT

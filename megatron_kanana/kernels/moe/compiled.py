@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_kanana.native_library import HOPPER_EXPERT_WIDTH_UNIT
+from megatron_kanana.native_library import HOPPER_EXPERT_WIDTH_UNIT, hopper_has_expert_widths
 
 from ..native import load_native_operations
 from .permutation import Permutation
@@ -104,8 +104,8 @@ for _function in (route, count_tokens, _permutation_of, _routed_experts, gated_m
 
 def _check_cuda(hidden_states: torch.Tensor, down: torch.Tensor) -> None:
     hidden_size, width = down.shape[-2:]
-    fits = not (hidden_size % HOPPER_EXPERT_WIDTH_UNIT or width % HOPPER_EXPERT_WIDTH_UNIT)
-    if not hidden_states.is_cuda or (hidden_states.dtype == torch.bfloat16 and fits):
+    fits = hidden_states.dtype == torch.bfloat16 and hopper_has_expert_widths(hidden_size, width)
+    if fits or not hidden_states.is_cuda:
         return
     raise RuntimeError(
         "kernels.moe_backend = csrc: on CUDA it takes bfloat16, and hidden sizes and widths that "
