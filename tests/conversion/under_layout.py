@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron_kanana import device
 from megatron_kanana.config import detect_environment, read_settings, saved_settings
 from megatron_kanana.config.manifest import seal
 from megatron_kanana.kernels.backend import REFERENCE
+from tests.logits import logits_of
 
 
 def run(case: dict[str, str], overrides: list[str]) -> None:
@@ -40,7 +40,7 @@ def run(case: dict[str, str], overrides: list[str]) -> None:
     chunks = build_model(settings, transformer_config(settings, where), where, REFERENCE)
     load_model(chunks, checkpoint)
     if "logits" in case:
-        result = logits(chunks[0], torch.load(case["tokens"]))
+        result = logits_of(chunks, torch.load(case["tokens"]))
         if result is not None and dist.get_rank() == dist.get_world_size() - 1:
             torch.save(result, case["logits"])
     if "save" in case:
@@ -68,34 +68,6 @@ def save(state: dict[str, Any], folder: Path) -> None:
         (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
         seal(folder)
     dist.barrier()
-
-
-def logits(chunk: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor | None:
-    """[batch, sequence, vocabulary] on the last pipeline stage, None on the others."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-    def collect(output: torch.Tensor, *, non_loss_data: bool) -> Any:
-        assert non_loss_data
-        return gather_from_tensor_model_parallel_region(output.float())
-
-    def step(_: Any, model: Any) -> Any:
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return model(tokens, positions, None), partial(collect)
-
-    chunk.eval()
-    with torch.no_grad():
-        results = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=None,
-            model=chunk,
-            num_microbatches=1,
-            seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0],
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    return results[0] if results else None
 
 
 if __name__ == "__main__":

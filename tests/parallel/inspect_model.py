@@ -19,6 +19,7 @@ from megatron_kanana import device
 from megatron_kanana.config import detect_environment
 from megatron_kanana.config.saved_model import settings_of_saved_model
 from megatron_kanana.data.held_out import read_held_out
+from tests.logits import logits_of
 
 PROMPT_LENGTHS = (1, 2, 37, 600)
 NEW_TOKENS = 7
@@ -88,32 +89,12 @@ def cached_logits(model: Any, prompt: list[int], tokens: list[int]) -> Any:
 
 def full_logits(model: Any, tokens: list[int]) -> Any:
     """Logits after every token, [tokens, vocabulary], from one forward pass without a cache."""
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
     from megatron_kanana.training.evaluation import evaluation_mode
 
     padded = torch.tensor([[*tokens, *[0] * (-len(tokens) % 2)]])
-
-    def forward_step(_: Any, chunk: Any) -> Any:
-        logits = chunk(padded, torch.arange(padded.shape[1])[None], None)
-        return logits, lambda logits, non_loss_data: gather_from_tensor_model_parallel_region(
-            logits
-        )
-
     with evaluation_mode(model):
-        results = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[None] * len(model.chunks) if len(model.chunks) > 1 else None,
-            model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
-            num_microbatches=parallel_state.get_pipeline_model_parallel_world_size(),
-            seq_length=padded.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    return results[0][0, : len(tokens)].numpy() if results else np.empty((0, 0))
+        logits = logits_of(model.chunks, padded)
+    return np.empty((0, 0)) if logits is None else logits[0, : len(tokens)].numpy()
 
 
 def exact_nats(model: Any, windows: Any, lengths: Any) -> float:

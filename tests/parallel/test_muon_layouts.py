@@ -15,41 +15,19 @@ import torch
 
 from tests.checkpoints import saved_tensors
 from tests.launch import train_in_turn
+from tests.parallel.layouts import (
+    MUON,
+    MUON_LAYOUTS,
+    PIPELINE,
+    TOLERANCE,
+    checkpoint,
+    weight_differences,
+)
 
 START, MIDDLE, END = 3, 8, 13
-TOLERANCE = 1e-5  # relative
-
-MUON = (
-    "optimizer=muon",
-    "optimizer.learning_rate=1.0e-3",
-    "optimizer.qk_clip_threshold=0.02",
-    "model.num_mtp_layers=1",
-    "schedule.global_batch_size=4",
-    "data.sequence_length=32",
-)
 SAVE_IN_THE_MIDDLE = (f"checkpoint.save_interval={MIDDLE}",)
-TENSOR = "parallel.tensor_parallel_size=2"
-PIPELINE = "parallel.pipeline_parallel_size=2"
-EXPERT = "parallel.expert_parallel_size=2"
-EXPERT_TENSOR = "parallel.expert_tensor_parallel_size=2"
-
-LAYOUTS = {
-    "TP2": (2, (TENSOR,)),
-    "PP2": (2, (PIPELINE,)),
-    "EP2": (2, (EXPERT,)),
-    "DP2": (2, ()),
-    "TP2 x EP2": (2, (TENSOR, EXPERT)),
-    "expert-TP2 with DP2": (2, (EXPERT_TENSOR,)),
-    "DP2 x PP2": (4, (PIPELINE,)),
-    "TP2 x DP2": (4, (TENSOR,)),
-}
 GOING_ON = ("DP2", "TP2 x EP2")  # from whose middle another run starts
 Records = list[dict[str, Any]]
-
-
-def checkpoint(folder: Path, run: str, step: int) -> Path:
-    """Folder of a run's checkpoint."""
-    return folder / run / "checkpoints" / f"step_{step:08d}"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +48,7 @@ def runs(folder: Path, cache_dir: Path) -> dict[str, Records]:
     on_two, on_four = (
         {
             name: (start, *(SAVE_IN_THE_MIDDLE if name in GOING_ON else ()), *layout)
-            for name, (processes, layout) in LAYOUTS.items()
+            for name, (processes, layout) in MUON_LAYOUTS.items()
             if processes == number
         }
         for number in (2, 4)
@@ -87,20 +65,9 @@ def runs(folder: Path, cache_dir: Path) -> dict[str, Records]:
     return records
 
 
-def relative_differences(folder: Path, run: str) -> dict[str, float]:
-    """Of each weight at the end, against one process's: norm of the difference, relatively."""
-    ours, theirs = (saved_tensors(checkpoint(folder, name, END)) for name in (run, "one"))
-    assert ours.keys() == theirs.keys()
-    return {
-        name: float((ours[name] - theirs[name]).norm() / theirs[name].norm())
-        for name in ours
-        if not name.startswith("optimizer.")
-    }
-
-
-@pytest.mark.parametrize("run", [*LAYOUTS, "from TP2 x EP2 to PP2"])
+@pytest.mark.parametrize("run", [*MUON_LAYOUTS, "from TP2 x EP2 to PP2"])
 def test_weights_are_those_of_one_process(run: str, folder: Path, runs: dict[str, Records]) -> None:
-    differences = relative_differences(folder, run)
+    differences = weight_differences(*(checkpoint(folder, each, END) for each in (run, "one")))
     assert len(differences) > 60
     assert max(differences.values()) < TOLERANCE, differences
     by_step = {record["step"]: record for record in runs["one"]}
