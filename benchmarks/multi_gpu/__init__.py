@@ -1,0 +1,1 @@
+"""Runs on several GPUs of one host: layouts compared, speed, a training (docs/multi_gpu.md)."""

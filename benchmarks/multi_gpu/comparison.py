@@ -1,0 +1,147 @@
+"""Runs of a suite beside the one on a single process, and how far apart they may be."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.parallel.layouts import weight_differences
+
+from .suites import NOISE, ONE, Suite
+
+NOISE_FACTOR = 3.0
+"""A layout may be this many times as far away as the furthest run in another order of summation."""
+
+Differences = dict[str, dict[str, float]]
+"""By what is compared, and by its kind: a weight's name without layers, say."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One comparison with one process.
+
+    Attributes:
+        runs: what was compared: dtype, optimizer, layout.
+        what: losses, weights or logits; of the kind that is nearest to its tolerance, or over it.
+        difference: relative, or absolute for logits.
+        tolerance: of the difference.
+        source: where it comes from.
+    """
+
+    runs: str
+    what: str
+    difference: float
+    tolerance: float
+    source: str
+
+    @property
+    def passes(self) -> bool:
+        """Whether the difference is allowed; what is not a number is not."""
+        return self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"{'pass' if self.passes else 'FAIL'}  {self.runs}: {self.what} {self.difference:.2e},"
+            f" tolerance {self.tolerance:.2e} ({self.source})"
+        )
+
+
+def differences(suite: Suite, run: str) -> Differences:
+    """Largest differences of a run to the one on a single process."""
+    ours, theirs = (_records(suite.run_folder(name)) for name in (run, ONE))
+    steps = sorted(ours)
+    assert steps and steps[-1] == suite.lengths.end
+    found: Differences = {
+        "losses": {
+            name: max(_relative(ours[step][name], theirs[step][name]) for step in steps)
+            for name in ("loss", "grad_norm")
+        },
+        "attention logits": {
+            "largest": max(
+                _relative(a, b)
+                for step in steps
+                for a, b in zip(
+                    *(each[step]["max_attention_logits"] for each in (ours, theirs)), strict=True
+                )
+            )
+        },
+        "weights": {},
+    }
+    if suite.optimizer == "MuonClip":
+        counts = [sum(each[step]["clipped_heads"] for step in steps) for each in (ours, theirs)]
+        assert counts[1] > 0, "no head was scaled down"
+        found["heads clipped"] = {"number": _relative(*counts)}
+    saved = (suite.saved(name, suite.lengths.end) for name in (run, ONE))
+    for name, difference in weight_differences(*saved).items():
+        kind = re.sub(r"\.\d+\.", ".", name)
+        found["weights"][kind] = max(difference, found["weights"].get(kind, 0.0))
+    files = [suite.run_folder(name) / "logits.pt" for name in (run, ONE)]
+    if files[0].exists():
+        found["logits"] = {"largest": largest_difference(*map(torch.load, files))}
+    return found
+
+
+def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of two tensors, absolute."""
+    return float((ours - theirs).abs().max())
+
+
+def noise_of(suite: Suite) -> Differences:
+    """The largest differences of the runs in another order of summation."""
+    largest: Differences = {}
+    for run in suite.single_runs():
+        if run.name.startswith(NOISE):
+            for what, kinds in differences(suite, run.name).items():
+                of_what = largest.setdefault(what, {})
+                for kind, value in kinds.items():
+                    of_what[kind] = max(value, of_what.get(kind, 0.0))
+    return largest
+
+
+def verdicts(suite: Suite, run: str, noise: Differences) -> list[Verdict]:
+    """A verdict for all that is compared: that of the kind which is nearest to its tolerance."""
+    found = []
+    for what, kinds in differences(suite, run).items():
+        of_kinds = [
+            _verdict(suite, run, what, kind, difference, noise[what][kind])
+            for kind, difference in kinds.items()
+        ]
+        found.append(max(of_kinds, key=_nearness))
+    return found
+
+
+def _verdict(
+    suite: Suite, run: str, what: str, kind: str, difference: float, noise: float
+) -> Verdict:
+    of_tests = suite.tolerances.get(what, 0.0)
+    of_noise = NOISE_FACTOR * noise
+    source = (
+        "of the tests"
+        if of_tests >= of_noise
+        else f"{NOISE_FACTOR:.0f} x the noise of other orders of summation"
+    )
+    title = f"{suite.title}, {run}"
+    return Verdict(title, f"{what} ({kind})", difference, max(of_tests, of_noise), source)
+
+
+def _nearness(verdict: Verdict) -> float:
+    if not verdict.passes:
+        return float("inf")
+    return verdict.difference / verdict.tolerance if verdict.tolerance else 0.0
+
+
+def _relative(ours: float, theirs: float) -> float:
+    return abs(ours - theirs) / max(abs(theirs), 1e-12)
+
+
+def _records(folder: Path) -> dict[int, Mapping[str, Any]]:
+    """Records of the steps of a run, by step."""
+    lines: Sequence[str] = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record for record in records if "loss" in record}

@@ -1,0 +1,278 @@
+"""Every layout beside one process, over NCCL on GPUs or over gloo on a CPU.
+
+python -m benchmarks.multi_gpu.correctness --processes 4 --name layouts_4_h100
+
+From one checkpoint each layout trains some steps with AdamW and with MuonClip, in fp32 (TF32 off)
+and in bf16; losses, largest attention logits, heads that QK-Clip scales down, weights and logits are
+compared with those of one process. Where the tests have no tolerance, it is taken from runs on one
+process that sum in other orders (docs/multi_gpu.md). A model of transformers' is compared with what
+it becomes with its experts over all processes. Exit code 1 if anything differs or was not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.card import RESULTS_DIR, Row, write_card
+from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
+from tests.launch import CONFIG_DIR
+
+from .chains import Failures, Task, run_chains
+from .comparison import (
+    NOISE_FACTOR,
+    Differences,
+    Verdict,
+    largest_difference,
+    noise_of,
+    verdicts,
+)
+from .jobs import LogitsJob
+from .starts import ROOT, Place
+from .suites import CUDA_BF16_MODEL, ONE, Lengths, Run, Suite, folder_name
+
+OPTIMIZERS, DTYPES = ("AdamW", "MuonClip"), ("fp32", "bf16")
+VOCABULARY = 2048  # of the small model
+START = "start"
+NOT_BUILT = "context parallelism: not built"
+
+
+class Comparison:
+    """All runs of all suites, and what came of them.
+
+    Args:
+        options: of the command line.
+        work: folder of everything the runs write.
+    """
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options, self.work = options, work
+        self.place = Place(on_cuda=options.device == "cuda")
+        self.end = time.monotonic() + options.seconds
+        self.cache_dir = work / "data"
+        self.failures: Failures = {}
+        lengths = Lengths(1, 2, 3) if options.tiny else Lengths()
+        self.suites = [
+            Suite(
+                optimizer,
+                dtype,
+                work / f"{dtype}_{optimizer}",
+                self.place.on_cuda,
+                options.processes,
+                tuple(options.layouts),
+                lengths,
+            )
+            for dtype in options.dtypes
+            for optimizer in options.optimizers
+        ]
+
+    def run(self) -> None:
+        """Run everything that has time."""
+        prepare_builtin_data(builtin_data(self.cache_dir, VOCABULARY), VOCABULARY)
+        torch.save(
+            torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0)),
+            self.work / "tokens.pt",
+        )
+        converting = self._convert()
+        chains = {
+            f"{suite.folder.name}_1": [
+                self._task(suite, None),
+                *(self._task(suite, run) for run in suite.single_runs()),
+            ]
+            for suite in self.suites
+        }
+        self._run(chains, 1)
+        self._wait_for(converting)
+        counts = {run.processes for suite in self.suites for run in suite.split_runs()}
+        for processes in sorted({*counts, self.options.processes} - {1}):
+            chains = {
+                f"{suite.folder.name}_{processes}": [
+                    self._task(suite, run)
+                    for run in suite.split_runs()
+                    if run.processes == processes
+                ]
+                for suite in self.suites
+            }
+            if processes == self.options.processes:
+                chains["transformers"] = [self._parity_task(dtype) for dtype in self.options.dtypes]
+            self._run(chains, processes)
+
+    def _run(self, chains: dict[str, list[Task]], processes: int) -> None:
+        places = self.place.split(self.options.processes, processes)
+        self.failures |= run_chains(chains, processes, places, self.end)
+
+    def _task(self, suite: Suite, run: Run | None) -> Task:
+        """A training; of the checkpoint that all begin with, without a run."""
+        lengths = suite.lengths
+        stop = lengths.start if run is None else lengths.end
+        name = folder_name(START if run is None else run.name)
+        words = [
+            *("--config-dir", str(CONFIG_DIR), "experiment=small"),
+            *(f"output_dir={suite.folder}", f"run_name={name}", f"data.cache_dir={self.cache_dir}"),
+            *suite.overrides,
+            f"stop_after_step={stop}",
+        ]
+        if run is None:
+            return Task(suite.folder / name, tuple(words), needed=True)
+        source = START if run.resumes is None else run.resumes
+        step = lengths.start if run.resumes is None else lengths.middle
+        words += [*run.overrides, f"checkpoint.load={suite.saved(source, step)}"]
+        logits = None
+        if run.resumes is None:
+            layout = [word for word in run.overrides if word.startswith("parallel.")]
+            logits = LogitsJob(
+                str(suite.saved(START, lengths.start)),
+                str(self.work / "tokens.pt"),
+                str(suite.folder / name / "logits.pt"),
+                [f"precision.compute={suite.dtype}", *layout],
+            )
+        return Task(suite.folder / name, tuple(words), run.seed, logits, needed=run.name == ONE)
+
+    def _convert(self) -> subprocess.Popen[bytes]:
+        folder = self.work / "transformers"
+        folder.mkdir()
+        words = [str(folder), str(self.cache_dir)]
+        if self.place.on_cuda:
+            words += CUDA_BF16_MODEL
+        with (self.work / "transformers.log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.multi_gpu.hugging_face", *words],
+                cwd=ROOT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                stdout=log,
+                stderr=log,
+            )
+
+    def _wait_for(self, converting: subprocess.Popen[bytes]) -> None:
+        try:
+            converting.wait(max(1.0, self.end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            converting.kill()
+
+    def _parity_task(self, dtype: str) -> Task:
+        folder = self.work / "transformers"
+        layout = f"parallel.expert_parallel_size={self.options.processes}"
+        logits = LogitsJob(
+            str(folder / "checkpoint"),
+            str(folder / "tokens.pt"),
+            str(folder / f"ours_{dtype}.pt"),
+            [f"precision.compute={dtype}", layout],
+        )
+        return Task(folder / f"of_{dtype}", logits=logits)
+
+    def verdicts(self) -> Iterable[Verdict | str]:
+        """Of every run; in words where there is none."""
+        for suite in self.suites:
+            try:
+                noise = noise_of(suite)
+            except (OSError, AssertionError) as error:
+                yield f"{suite.title}: not run on one process: {self._reason(suite, error)}"
+                continue
+            for run in [*suite.single_runs(), *suite.split_runs()]:
+                if run.name != ONE and run.seed is None:
+                    yield from self._verdicts(suite, run, noise)
+        for dtype in self.options.dtypes:
+            yield self._parity(dtype)
+        yield NOT_BUILT
+
+    def _verdicts(self, suite: Suite, run: Run, noise: Differences) -> Iterable[Verdict | str]:
+        folder = suite.run_folder(run.name)
+        if folder in self.failures:
+            return [f"{suite.title}, {run.name}: not run: {self.failures[folder]}"]
+        return verdicts(suite, run.name, noise)
+
+    def _reason(self, suite: Suite, error: Exception) -> str:
+        reasons = [self.failures[path] for path in self.failures if path.parent == suite.folder]
+        return reasons[0] if reasons else str(error)
+
+    def _parity(self, dtype: str) -> Verdict | str:
+        folder = self.work / "transformers"
+        name = f"{dtype}, transformers' model with experts over {self.options.processes} processes"
+        if (path := folder / f"of_{dtype}") in self.failures:
+            return f"{name}: not run: {self.failures[path]}"
+        ours, exact = torch.load(folder / f"ours_{dtype}.pt"), torch.load(folder / "fp32.pt")
+        tolerance, source = 1e-4, "of the tests"
+        if dtype != "fp32":
+            tolerance = NOISE_FACTOR * largest_difference(torch.load(folder / "bf16.pt"), exact)
+            source = f"{NOISE_FACTOR:.0f} x transformers' own difference of {dtype} to fp32"
+        difference = largest_difference(ours[..., : exact.shape[-1]], exact)
+        return Verdict(name, "logits (largest)", difference, tolerance, source)
+
+    def kernels(self) -> list[str]:
+        """Which kernels the runs said they used."""
+        said = set()
+        for path in self.work.glob("**/*.log"):
+            said |= set(re.findall(r"^(?:kernels|experts): .*$", path.read_text(), re.MULTILINE))
+        return sorted(said)
+
+
+def rows_of(found: Sequence[Verdict | str]) -> list[Row]:
+    """Rows of a card: the tolerance is the peer, and a ratio above 1 is within it."""
+    return [
+        Row(
+            f"{each.runs}: {each.what}",
+            "absolute difference" if each.what.startswith("logits") else "relative difference",
+            each.difference,
+            f"tolerance {each.source}",
+            each.tolerance,
+            each.tolerance / each.difference if each.difference else None,
+        )
+        for each in found
+        if isinstance(each, Verdict)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, compare, print and write the card."""
+    options = parse_arguments(arguments)
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        comparison = Comparison(options, work)
+        comparison.run()
+        found = list(comparison.verdicts())
+        print("\n".join(map(str, found)), flush=True)
+        passed = [each for each in found if isinstance(each, Verdict) and each.passes]
+        words = [each for each in found if isinstance(each, str)]
+        failed = [str(each) for each in found if isinstance(each, Verdict) and not each.passes]
+        summary = (
+            f"{len(passed)} comparisons passed, {len(failed)} failed,"
+            f" {len(words) - 1} runs or groups of runs were not made"
+        )
+        print(summary)
+        notes = [summary, *failed, *words, *comparison.kernels(), "TF32 is off."]
+        print(write_card(options.name, rows_of(found), options.results_dir, notes))
+    return 0 if not failed and words == [NOT_BUILT] else 1
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", required=True, help="name of the card")
+    parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR)
+    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
+    parser.add_argument("--layouts", nargs="+", default=[], help="by name; by default all")
+    parser.add_argument("--tiny", action="store_true", help="three steps, to try the script")
+    parser.add_argument("--work", type=Path, help="empty folder to keep what the runs write")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="after which no run is made")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
