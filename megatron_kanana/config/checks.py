@@ -14,15 +14,12 @@ from .check_dispatcher import check_dispatcher
 from .check_files import check_checkpoint, check_data
 from .check_kernels import check_kernels
 from .check_layout import check_model, check_sharding, check_world
+from .check_linear_kernels import check_linear_kernels, check_rope_kernels
 from .check_moe_kernels import check_moe_kernels
 from .check_order import check_growing_tokens
+from .check_precision import check_precision
 from .check_watchdog import check_watchdog
-from .environment import (
-    TESTED_MEGATRON_CORE,
-    Environment,
-    resolve_device,
-    resolve_precision,
-)
+from .environment import TESTED_MEGATRON_CORE, Environment, resolve_device
 from .problems import Problem
 from .schema import Settings
 
@@ -42,6 +39,9 @@ def check(
         check_device,
         check_kernels,
         check_moe_kernels,
+        check_linear_kernels,
+        check_rope_kernels,
+        check_precision,
         check_model,
         check_sharding,
         check_dispatcher,
@@ -71,7 +71,7 @@ def check_versions(settings: Settings, environment: Environment) -> Iterator[Pro
 
 
 def check_device(settings: Settings, environment: Environment) -> Iterator[Problem]:
-    """The machine has what device and precision ask for."""
+    """The machine has what device asks for."""
     device = resolve_device(settings.device, environment)
     if device == "cuda" and not environment.has_cuda:
         yield Problem("device", "cuda", "no CUDA device is visible", "set device=cpu or auto")
@@ -81,18 +81,6 @@ def check_device(settings: Settings, environment: Environment) -> Iterator[Probl
             environment.local_world_size,
             f"this machine has {environment.cuda_device_count} CUDA devices",
             "start one process a device",
-        )
-    compute = resolve_precision(settings.precision.compute, device)
-    if compute == "fp8" and device == "cpu":
-        yield Problem(
-            "precision.compute", "fp8", "a CPU has no fp8 arithmetic", "choose fp32 or bf16"
-        )
-    elif compute == "fp8":
-        yield Problem(
-            "precision.compute",
-            "fp8",
-            "the layers of this version compute in bf16 or fp32",
-            "choose bf16",
         )
 
 

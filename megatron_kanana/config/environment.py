@@ -22,10 +22,13 @@ class Environment:
         rank: this process (torchrun's RANK).
         local_world_size: processes of the job on this machine.
         cuda_device_count: CUDA devices this process can see.
+        cuda_version: version of CUDA that torch is built with; None without.
+        gpu_name: name of this process's GPU; None without.
+        compute_capability: of this process's GPU, (9, 0) for Hopper; None without.
         megatron_core_version: installed version, or None.
         has_native_library: whether the compiled operations of csrc/ were built.
         has_cudnn_frontend: whether the package nvidia-cudnn-frontend is installed.
-        has_transformer_engine: whether the package transformer-engine is installed.
+        transformer_engine_version: installed version of transformer-engine, or None.
         has_deep_ep: whether the package deep_ep is installed.
     """
 
@@ -33,11 +36,19 @@ class Environment:
     rank: int = 0
     local_world_size: int = 1
     cuda_device_count: int = 0
+    cuda_version: str | None = "13.0"
+    gpu_name: str | None = "NVIDIA H200"
+    compute_capability: tuple[int, int] | None = (9, 0)
     megatron_core_version: str | None = TESTED_MEGATRON_CORE[0]
     has_native_library: bool = True
     has_cudnn_frontend: bool = True
-    has_transformer_engine: bool = True
+    transformer_engine_version: str | None = "2.11.0"
     has_deep_ep: bool = True
+
+    @property
+    def has_transformer_engine(self) -> bool:
+        """Whether the package transformer-engine is installed."""
+        return self.transformer_engine_version is not None
 
     @property
     def has_cuda(self) -> bool:
@@ -49,21 +60,30 @@ def detect_environment() -> Environment:
     """Read the launcher's variables and look at the machine; starts and allocates nothing."""
     import torch
 
-    try:
-        megatron_core_version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        megatron_core_version = None
+    devices = torch.cuda.device_count()
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    has_gpu = device < devices  # else a launch of too many processes, which is answered later
     return Environment(
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         rank=int(os.environ.get("RANK", "0")),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        cuda_device_count=torch.cuda.device_count(),
-        megatron_core_version=megatron_core_version,
+        cuda_device_count=devices,
+        cuda_version=torch.version.cuda,
+        gpu_name=torch.cuda.get_device_name(device) if has_gpu else None,
+        compute_capability=torch.cuda.get_device_capability(device) if has_gpu else None,
+        megatron_core_version=_installed_version("megatron-core"),
         has_native_library=NATIVE_LIBRARY.is_file(),
         has_cudnn_frontend=importlib.util.find_spec("cudnn") is not None,
-        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        transformer_engine_version=_installed_version("transformer-engine"),
         has_deep_ep=importlib.util.find_spec("deep_ep") is not None,
     )
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def resolve_device(device: str, environment: Environment) -> str:
@@ -78,3 +98,8 @@ def resolve_precision(compute: str, device: str) -> str:
     if compute == "auto":
         return "bf16" if device == "cuda" else "fp32"
     return compute
+
+
+def resolve_fp8(fp8: str, device: str) -> str:
+    """Turn `precision.fp8` into 'none' on a CPU, which has no fp8 arithmetic."""
+    return fp8 if device == "cuda" else "none"

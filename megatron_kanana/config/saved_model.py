@@ -71,6 +71,7 @@ def settings_of_saved_model(
         f"schedule.global_batch_size={environment.world_size}",
         "schedule.batch_size_changes=[]",
         "schedule.micro_batch_size=1",
+        "precision.fp8=none",  # single tokens are no multiples of what its products take
     )
     return saved_settings(
         saved,

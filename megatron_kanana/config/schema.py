@@ -13,6 +13,7 @@ from .cluster_settings import ClusterSettings
 from .data_settings import DataSettings
 from .fields import setting
 from .guard_settings import GuardSettings
+from .precision_settings import PrecisionSettings
 from .watchdog_settings import WatchdogSettings
 
 architecture = partial(setting, fixed_by_checkpoint=True)
@@ -139,18 +140,6 @@ class ParallelSettings:
     recompute: str = setting(
         "none", help="activations computed again in the backward pass", choices=("none", "full")
     )
-
-
-@dataclass(kw_only=True)
-class PrecisionSettings:
-    """Number formats."""
-
-    compute: str = setting(
-        "auto",
-        help="format of weights and activations; auto is bf16 on CUDA and fp32 on a CPU",
-        choices=("auto", "fp32", "bf16", "fp8"),
-    )
-    reduce_gradients_in_fp32: bool = setting(True, help="accumulate and reduce gradients in fp32")
 
 
 PARAMETER_KINDS = (
@@ -330,6 +319,18 @@ class KernelSettings:
         "auto",
         help="the same for routing and experts",
         choices=("auto", "csrc", "torch"),
+    )
+    linear_backend: str = setting(
+        "auto",
+        help="the same for the dense linear layers: te is Transformer Engine's, on CUDA, where"
+        " weight gradients are added to the fp32 sums in the product itself",
+        choices=("auto", "te", "torch"),
+    )
+    rope_backend: str = setting(
+        "auto",
+        help="the same for rotary embeddings: triton is megatron-core's kernel, on CUDA, which"
+        " turns, splits and joins in one pass",
+        choices=("auto", "triton", "torch"),
     )
     deterministic: bool = setting(
         False,

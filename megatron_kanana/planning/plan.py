@@ -215,7 +215,8 @@ def job_of(
         implementation: how layers are computed. `TORCH` gets the attention, the experts and the
             dispatcher that the settings choose on this machine.
         global_batch_size: of a step, where it is not the first one of the settings.
-        fp8: whether projections and experts compute in fp8, even if the settings cannot say so.
+        fp8: whether projections and experts compute in fp8. `precision.fp8` leaves experts, the most
+            of the products, in bf16, and is planned for as bf16.
         expert_load: of the busiest process, as `Layout` has it.
     """
     batch = global_batch_size or settings.schedule.global_batch_size
@@ -232,7 +233,7 @@ def job_of(
         layout=Layout.of(settings, world_size, batch, expert_load),
         machine=machine,
         implementation=implementation,
-        fp8=fp8 or settings.precision.compute == "fp8",
+        fp8=fp8,
     )
 
 

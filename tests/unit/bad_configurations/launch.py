@@ -90,9 +90,6 @@ LAUNCH = {
         "set parallel.expert_tensor_parallel_size=1",
         Environment(world_size=2, local_world_size=2, cuda_device_count=2),
     ),
-    "fp8 on a CPU": Bad(
-        ("precision.compute=fp8",), "precision.compute", "fp8", "choose fp32 or bf16"
-    ),
     "GPU kernels on a CPU": Bad(
         ("kernels.backend=sdpa",), "kernels.backend", "sdpa", "choose csrc, torch or auto"
     ),
@@ -118,7 +115,7 @@ LAUNCH = {
         "kernels.backend",
         "te",
         "pip install 'transformer-engine[pytorch]'",
-        Environment(cuda_device_count=1, has_transformer_engine=False),
+        Environment(cuda_device_count=1, transformer_engine_version=None),
     ),
     "documents that a GPU library does not keep apart": Bad(
         ("kernels.backend=te", "data.document_mask=true"),

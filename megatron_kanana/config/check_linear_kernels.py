@@ -1,0 +1,48 @@
+"""Implementations of linear layers and rotary embeddings that the machine or model cannot use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .environment import Environment, resolve_device, resolve_fp8, resolve_precision
+from .problems import Problem
+from .rotary_sizes import fused_rope_limits_passed
+from .schema import Settings
+
+
+def check_linear_kernels(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """`kernels.linear_backend` runs on this device, and in this precision."""
+    backend = settings.kernels.linear_backend
+    device = resolve_device(settings.device, environment)
+    name = "kernels.linear_backend"
+    if backend == "torch" and resolve_fp8(settings.precision.fp8, device) != "none":
+        yield Problem(
+            name,
+            backend,
+            f"has no fp8, which precision.fp8 = {settings.precision.fp8} asks for",
+            "choose te or auto, or set precision=bf16",
+        )
+    if backend != "te":
+        return
+    if device == "cpu":
+        yield Problem(name, backend, "is for CUDA devices", "choose torch or auto")
+    elif not environment.has_transformer_engine:
+        package = "transformer-engine[pytorch]"
+        remedy = f"run pip install '{package}' or choose torch or auto"
+        yield Problem(name, backend, f"{package} is not installed", remedy)
+
+
+def check_rope_kernels(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """`kernels.rope_backend` runs on this device, in this precision, with this model."""
+    backend = settings.kernels.rope_backend
+    if backend != "triton":
+        return
+    name, remedy = "kernels.rope_backend", "choose torch or auto"
+    device = resolve_device(settings.device, environment)
+    if device == "cpu":
+        yield Problem(name, backend, "is for CUDA devices", remedy)
+    elif resolve_precision(settings.precision.compute, device) == "fp32":
+        reason = "is for bf16, not precision.compute = fp32"
+        yield Problem(name, backend, reason, f"set precision.compute=bf16, or {remedy}")
+    for limit in fused_rope_limits_passed(settings):
+        yield Problem(name, backend, f"takes {limit}", remedy)
