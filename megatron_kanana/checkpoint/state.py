@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,36 +157,34 @@ def _stored_weight_average(run: Run, model: dict[str, Any], path: Path) -> dict[
 
 def load_model(chunks: Sequence[Any], path: Path) -> None:
     """Restore the weights alone."""
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    wanted = {
-        chunk: {name: entry for name, entry in state.items() if not _is_left_out(entry, stored)}
-        for chunk, state in model_state(chunks).items()
-    }
-    _load_model(chunks, load_sharded(wanted, path))
-
-
-def _is_left_out(entry: Any, stored: Collection[str]) -> bool:
-    """Whether it is one of the modules' extra states, and not in the checkpoint.
-
-    megatron-core's linear layers save empty ones for Transformer Engine's sake; converted
-    checkpoints have none.
-    """
-    return isinstance(entry, ShardedObject) and entry.unique_key not in stored
+    _load_model(chunks, load_sharded(model_state(chunks), path))
 
 
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
-    """Sharded state dicts of the model chunks; the tensors' keys are the same in every layout."""
+    """Sharded state dicts of the model chunks; the tensors' keys are the same in every layout.
+
+    They hold no extra states. megatron-core's own layers have empty ones. Those of Transformer
+    Engine's are pickles, which loading would run, and hold nothing that is needed: the scales of
+    `precision.fp8` are computed from what is multiplied.
+    """
     return {
-        f"model{index}": unwrap_model(chunk).sharded_state_dict()
+        f"model{index}": _without_extra_state(unwrap_model(chunk).sharded_state_dict())
         for index, chunk in enumerate(chunks)
     }
 
 
 def _load_model(chunks: Sequence[Any], state: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
-        result = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
-        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+        weights = _without_extra_state(
+            state[f"model{index}"]
+        )  # the local tier's of earlier versions
+        result = unwrap_model(chunk).load_state_dict(weights, strict=False)
+        missing = list(_without_extra_state(dict.fromkeys(result.missing_keys)))
         assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+
+def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
 
 
 def _sharded_random_state() -> ShardedObject:

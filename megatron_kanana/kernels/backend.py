@@ -22,10 +22,14 @@ class Backends:
     Attributes:
         attention: of `kernels.attention`.
         experts: of `kernels.moe`.
+        linear: of the dense linear layers, 'te' or 'torch'.
+        rope: of rotary embeddings, 'triton' or 'torch'.
     """
 
     attention: str
     experts: str
+    linear: str = "torch"
+    rope: str = "torch"
 
 
 REFERENCE = Backends(attention="torch", experts="torch")

@@ -17,6 +17,7 @@ from megatron_kanana.kernels.backend import Backends
 from .attention import core_attention_spec
 from .initialization import initialize_weights
 from .layer_spec import block_spec, expert_layer_spec, multi_token_prediction_spec
+from .linear_layers import linear_layers, mark_whole_layers
 from .multi_token import MultiTokenGPTModel
 
 
@@ -40,6 +41,7 @@ def _build_chunk(
 ) -> torch.nn.Module:
     chunk = gpt_model(settings, config, backends, vp_stage)
     chunk.to(device.torch_device)
+    mark_whole_layers(chunk)
     initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed, settings.transfer)
     in_bf16 = device.dtype == torch.bfloat16
     module: torch.nn.Module = Float16Module(config, chunk) if in_bf16 else chunk
@@ -56,10 +58,11 @@ def gpt_model(
     model_class = MultiTokenGPTModel if settings.model.num_mtp_layers else GPTModel
     attention = core_attention_spec(backends.attention, settings.kernels.deterministic)
     experts = expert_layer_spec(settings.parallel.token_dispatcher, backends.experts)
+    linear = linear_layers(backends.linear)
     return model_class(
         config=config,
-        transformer_layer_spec=block_spec(config, attention, experts, vp_stage),
-        mtp_block_spec=multi_token_prediction_spec(config, attention, experts, vp_stage),
+        transformer_layer_spec=block_spec(config, attention, experts, linear, vp_stage),
+        mtp_block_spec=multi_token_prediction_spec(config, attention, experts, linear, vp_stage),
         vocab_size=settings.model.padded_vocab_size,
         max_sequence_length=settings.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -35,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from .experts import GroupedExperts
+from .linear_layers import IN_TORCH, LinearLayers
 from .moe_layer import ExpertLayer
 from .norm import RMSNorm
 from .router import Router
@@ -58,13 +57,14 @@ def block_spec(
     config: MLATransformerConfig,
     core_attention: ModuleSpec,
     experts: ExpertLayerSpec,
+    linear: LinearLayers,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline rank's (virtual) stage, and the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [
-        layer_spec(core_attention, experts if config.moe_layer_freq[index] else None)
+        layer_spec(core_attention, experts if config.moe_layer_freq[index] else None, linear)
         for index in range(first, first + count)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
@@ -74,6 +74,7 @@ def multi_token_prediction_spec(
     config: MLATransformerConfig,
     core_attention: ModuleSpec,
     experts: ExpertLayerSpec,
+    linear: LinearLayers,
     vp_stage: int | None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The multi-token prediction layers (DeepSeek-V3, section 2.2); None on other stages.
@@ -90,51 +91,53 @@ def multi_token_prediction_spec(
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=RMSNorm,
             hnorm=RMSNorm,
-            eh_proj=ColumnParallelLinear,
-            transformer_layer=layer_spec(core_attention, experts),
+            eh_proj=linear.column,
+            transformer_layer=layer_spec(core_attention, experts, linear),
             layer_norm=RMSNorm,
         ),
     )
     return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * count)
 
 
-def layer_spec(core_attention: ModuleSpec, experts: ExpertLayerSpec | None) -> ModuleSpec:
+def layer_spec(
+    core_attention: ModuleSpec, experts: ExpertLayerSpec | None, linear: LinearLayers
+) -> ModuleSpec:
     """One transformer layer: norm, MLA, norm, then experts or, without, a dense feed-forward."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention_spec(core_attention),
+            self_attention=_attention_spec(core_attention, linear),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=experts or ModuleSpec(module=MLP, submodules=_mlp_submodules()),
+            mlp=experts or ModuleSpec(module=MLP, submodules=_mlp_submodules(linear)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _attention_spec(core_attention: ModuleSpec) -> ModuleSpec:
+def _attention_spec(core_attention: ModuleSpec, linear: LinearLayers) -> ModuleSpec:
     # The down-projections are whole on every tensor-parallel rank. Split by columns, the shared
     # rotary key would get only its own rank's gradient (megatron-core gathers it without a sum).
     return ModuleSpec(
         module=MLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=Linear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=Linear,
-            linear_kv_up_proj=ColumnParallelLinear,
+            linear_q_proj=linear.column,
+            linear_q_down_proj=linear.whole,
+            linear_q_up_proj=linear.column,
+            linear_kv_down_proj=linear.whole,
+            linear_kv_up_proj=linear.column,
             core_attention=core_attention,
-            linear_proj=RowParallelLinear,
+            linear_proj=linear.row,
             q_layernorm=RMSNorm,
             kv_layernorm=RMSNorm,
         ),
     )
 
 
-def _mlp_submodules() -> MLPSubmodules:
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def _mlp_submodules(linear: LinearLayers) -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=linear.column, linear_fc2=linear.row)
 
 
 def expert_layer_spec(dispatcher: str, backend: str) -> ExpertLayerSpec:
@@ -150,7 +153,7 @@ def expert_layer_spec(dispatcher: str, backend: str) -> ExpertLayerSpec:
         submodules=MoESubmodules(
             experts=ModuleSpec(module=GroupedExperts, params=params),
             shared_experts=ModuleSpec(
-                module=SharedExperts, params=params, submodules=_mlp_submodules()
+                module=SharedExperts, params=params, submodules=_mlp_submodules(IN_TORCH)
             ),
             router=partial(Router, **params),
         ),

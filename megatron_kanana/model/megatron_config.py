@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
+from megatron_kanana.kernels.backend import REFERENCE, Backends
+
+from .rotary import rotary_options
 
 
-def transformer_config(settings: Settings, device: Device) -> MLATransformerConfig:
-    """megatron-core's configuration for this model, layout and precision."""
+def transformer_config(
+    settings: Settings, device: Device, backends: Backends = REFERENCE
+) -> MLATransformerConfig:
+    """megatron-core's configuration for this model, layout and precision.
+
+    Args:
+        settings: checked.
+        device: gives the format of weights and activations.
+        backends: what the model will compute with; fp8 comes with Transformer Engine's layers.
+    """
     model, parallel = settings.model, settings.parallel
     full_recompute = parallel.recompute == "full"
     grouped = model.num_expert_groups > 1
@@ -32,14 +45,7 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         layernorm_epsilon=model.norm_epsilon,
         layernorm_zero_centered_gamma=model.zero_centered_gamma,
         qk_layernorm=True,
-        rope_type="yarn" if model.yarn_factor > 1 else "rope",
-        rotary_base=model.rotary_base,
-        rotary_scaling_factor=model.yarn_factor,
-        original_max_position_embeddings=model.yarn_original_context,
-        beta_fast=model.yarn_beta_fast,
-        beta_slow=model.yarn_beta_slow,
-        mscale=model.yarn_mscale,
-        mscale_all_dim=model.yarn_mscale_all_dim,
+        **rotary_options(settings, backends.rope),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -92,5 +98,23 @@ def transformer_config(settings: Settings, device: Device) -> MLATransformerConf
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        **_fp8_options(settings, backends.linear),
     )
+
+
+def _fp8_options(settings: Settings, linear_backend: str) -> dict[str, Any]:
+    """megatron-core enters Transformer Engine's fp8 context around each layer that is not left out.
+
+    In blocks, gradients are e4m3 as well (DeepSeek-V3, section 3.3.2); with one scale for a tensor
+    they need e5m2's range.
+    """
+    precision = settings.precision
+    if linear_backend != "te" or precision.fp8 == "none":
+        return {}
+    return {
+        "fp8": "hybrid" if precision.fp8 == "tensorwise" else "e4m3",
+        "fp8_recipe": precision.fp8,
+        "first_last_layers_bf16": precision.bf16_layers_at_start + precision.bf16_layers_at_end > 0,
+        "num_layers_at_start_in_bf16": precision.bf16_layers_at_start,
+        "num_layers_at_end_in_bf16": precision.bf16_layers_at_end,
+    }

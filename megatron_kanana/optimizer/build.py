@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,12 +24,19 @@ def wrap_data_parallel(
     """Put each model chunk behind megatron-core's data parallelism.
 
     The distributed optimizer is always on, on one process too, so that a checkpoint has one form.
+    Transformer Engine's layers add their weight gradients to `main_grad` from here on.
+    megatron-core's `gradient_accumulation_fusion` would be for all layers at once, and its own need
+    Apex for it.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=settings.precision.reduce_gradients_in_fp32,
         overlap_grad_reduce=settings.parallel.overlap_gradient_reduction,
         use_distributed_optimizer=True,
     )
+    layers: Iterable[Any] = itertools.chain.from_iterable(chunk.modules() for chunk in chunks)
+    for layer in layers:
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            layer.fuse_wgrad_accumulation = True
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)

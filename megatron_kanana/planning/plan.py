@@ -215,8 +215,8 @@ def job_of(
         implementation: how layers are computed. `TORCH` gets the attention, the experts and the
             dispatcher that the settings choose on this machine.
         global_batch_size: of a step, where it is not the first one of the settings.
-        fp8: whether projections and experts compute in fp8. `precision.fp8` leaves experts, the most
-            of the products, in bf16, and is planned for as bf16.
+        fp8: whether projections and experts compute in fp8. `precision.fp8` leaves experts in bf16,
+            which are the most of the products, and is planned for as bf16.
         expert_load: of the busiest process, as `Layout` has it.
     """
     batch = global_batch_size or settings.schedule.global_batch_size

@@ -10,6 +10,8 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_kanana.model.rotary import any_number_of_tokens
+
 from .run import Model
 
 CHUNK_TOKENS = 512  # of a long prompt at a time, which bounds the memory of logits
@@ -75,19 +77,20 @@ class CachedForward:
 
         chunks = self._model.chunks
         several = len(chunks) > 1
-        results = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[None] * len(chunks) if several else None,
-            model=chunks if several else chunks[0],
-            # Interleaved stages take microbatches in multiples of the pipeline's depth. They are
-            # all the same, and write the same into the cache.
-            num_microbatches=(
-                parallel_state.get_pipeline_model_parallel_world_size() if several else 1
-            ),
-            seq_length=tokens_BS.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        with any_number_of_tokens(self._model.config):
+            results = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[None] * len(chunks) if several else None,
+                model=chunks if several else chunks[0],
+                # Interleaved stages take microbatches in multiples of the pipeline's depth. They
+                # are all the same, and write the same into the cache.
+                num_microbatches=(
+                    parallel_state.get_pipeline_model_parallel_world_size() if several else 1
+                ),
+                seq_length=tokens_BS.shape[1],
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
         self._context.increment_sequence_len_offset(len(tokens))
         return results[0] if results else None

@@ -27,6 +27,7 @@ from megatron_kanana.config.check_mixture import check_position
 from megatron_kanana.config.expert_sizes import expert_layer_sizes
 from megatron_kanana.config.ledger import Ledger, SampleRange, read_ledger
 from megatron_kanana.config.mixture import mixture, sources, tokens_by_source
+from megatron_kanana.config.rotary_sizes import fused_rope_limits_passed
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
 from megatron_kanana.data.held_out import HeldOutText, read_held_out
 from megatron_kanana.data.loader import MicrobatchSampler, microbatches
@@ -39,6 +40,7 @@ from megatron_kanana.data.mixed import (
 from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import Backends, choose_backend
+from megatron_kanana.kernels.dense import choose_linear_backend, choose_rope_backend
 from megatron_kanana.kernels.moe.backend import choose_moe_backend
 from megatron_kanana.model.builder import build_model
 from megatron_kanana.model.megatron_config import transformer_config
@@ -138,12 +140,18 @@ def build_bare_model(settings: Settings, device: Device) -> Model:
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
     tokenizer = prepare_tokenizer(settings)
-    config = transformer_config(settings, device)
-    chunks = build_model(settings, config, device, _choose_backends(settings, device))
+    backends = choose_backends(settings, device)
+    config = transformer_config(settings, device, backends)
+    chunks = build_model(settings, config, device, backends)
     return Model(settings, device, config, chunks, tokenizer)
 
 
-def _choose_backends(settings: Settings, device: Device) -> Backends:
+def choose_backends(settings: Settings, device: Device) -> Backends:
+    """Which implementations the model computes with here; logs why.
+
+    Raises:
+        RuntimeError: what the settings ask for cannot be used.
+    """
     model, kernels = settings.model, settings.kernels
     attention = choose_backend(
         kernels.backend,
@@ -158,7 +166,19 @@ def _choose_backends(settings: Settings, device: Device) -> Backends:
         dtype=device.dtype,
         sizes=expert_layer_sizes(settings),
     )
-    return Backends(attention, experts)
+    linear = choose_linear_backend(
+        kernels.linear_backend,
+        device.torch_device.type,
+        dtype=device.dtype,
+        fp8=settings.precision.fp8,
+    )
+    rope = choose_rope_backend(
+        kernels.rope_backend,
+        device.torch_device.type,
+        dtype=device.dtype,
+        limits_passed=fused_rope_limits_passed(settings),
+    )
+    return Backends(attention, experts, linear, rope)
 
 
 def build_run(settings: Settings, device: Device) -> Run:

@@ -1,0 +1,93 @@
+"""Which implementations of the dense linear layers and of rotary embeddings run, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterable
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def choose_linear_backend(
+    requested: str, device_type: str, *, dtype: torch.dtype, fp8: str = "none"
+) -> str:
+    """Pick the backend of the dense linear layers once, at start-up, and log the reason.
+
+    Args:
+        requested: `kernels.linear_backend`: 'auto', 'te' or 'torch'.
+        device_type: 'cuda' or 'cpu'.
+        dtype: of weights and activations.
+        fp8: `precision.fp8`; a CPU has no fp8 arithmetic and leaves it out.
+
+    Raises:
+        RuntimeError: what was asked for cannot be used here.
+    """
+    error = _transformer_engine_error(device_type, dtype)
+    if requested == "te" and error is not None:
+        raise RuntimeError(f"kernels.linear_backend = te: {error}; or set it to auto")
+    if requested == "auto":
+        backend = "te" if error is None else "torch"
+        reason = error or "transformer-engine found"
+    else:
+        backend, reason = requested, "asked for by kernels.linear_backend"
+    form = str(dtype).removeprefix("torch.")
+    if fp8 == "none":
+        said = f"in {form}"
+    elif device_type == "cpu":
+        said = f"in {form}: precision.fp8 = {fp8} is left out, a CPU has no fp8"
+    else:
+        said = f"in fp8, {fp8}"
+        if backend != "te":
+            raise RuntimeError(f"precision.fp8 = {fp8}: {reason}; or set precision=bf16")
+    logger.info("linear layers: %s (%s), %s", backend, reason, said)
+    return backend
+
+
+def choose_rope_backend(
+    requested: str, device_type: str, *, dtype: torch.dtype, limits_passed: Iterable[str]
+) -> str:
+    """Pick the backend of rotary embeddings once, at start-up, and log the reason.
+
+    Args:
+        requested: `kernels.rope_backend`: 'auto', 'triton' or 'torch'.
+        device_type: 'cuda' or 'cpu'.
+        dtype: of activations.
+        limits_passed: what the kernel does not take of the model.
+
+    Raises:
+        RuntimeError: what was asked for cannot be used here.
+    """
+    error = _triton_error(device_type, dtype, limits_passed)
+    if requested == "triton" and error is not None:
+        raise RuntimeError(f"kernels.rope_backend = triton: {error}; or set it to auto")
+    if requested == "auto":
+        backend, reason = ("triton", "triton found") if error is None else ("torch", error)
+    else:
+        backend, reason = requested, "asked for by kernels.rope_backend"
+    logger.info("rotary embeddings: %s (%s)", backend, reason)
+    return backend
+
+
+def _transformer_engine_error(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cuda":
+        return "Transformer Engine is for CUDA devices"
+    if dtype != torch.bfloat16:
+        return f"Transformer Engine's layers are for bfloat16, not {dtype}"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer-engine is not installed (pip install 'transformer-engine[pytorch]')"
+    return None
+
+
+def _triton_error(device_type: str, dtype: torch.dtype, limits_passed: Iterable[str]) -> str | None:
+    if device_type != "cuda":
+        return "megatron-core's kernel is for CUDA devices"
+    if dtype != torch.bfloat16:
+        return f"megatron-core's kernel is for bfloat16, not {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    for limit in limits_passed:
+        return f"megatron-core's kernel takes {limit}"
+    return None
