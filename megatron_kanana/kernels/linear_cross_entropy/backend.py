@@ -1,0 +1,44 @@
+"""Which implementation of the losses runs, and why."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ..native import has_operation_for, native_library_error
+
+logger = logging.getLogger(__name__)
+
+
+def choose_loss_backend(requested: str, device_type: str) -> str:
+    """Pick the backend of `linear_cross_entropy` once, at start-up, and log the reason.
+
+    Args:
+        requested: `kernels.loss_backend`: 'auto', 'csrc' or 'torch'.
+        device_type: 'cuda' or 'cpu'.
+
+    Raises:
+        RuntimeError: what was asked for cannot be used here.
+    """
+    if requested == "torch":
+        backend, reason = requested, "asked for by kernels.loss_backend"
+    else:
+        error = _csrc_error(device_type)
+        if requested == "csrc" and error is not None:
+            raise RuntimeError(f"kernels.loss_backend = csrc: {error}; or set it to auto")
+        backend = "csrc" if error is None else "torch"
+        found = "compiled operations found"
+        reason = error or (found if requested == "auto" else "asked for by kernels.loss_backend")
+    logger.info("kernels of the loss: %s (%s)", backend, reason)
+    return backend
+
+
+def _csrc_error(device_type: str) -> str | None:
+    if (error := native_library_error()) is not None:
+        return error
+    if device_type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
+    if not has_operation_for("cross_entropy_statistics", device_type.upper()):
+        return f"the compiled operations have no losses for {device_type} (build them again)"
+    return None
