@@ -1,0 +1,208 @@
+"""Models that take the same steps with the same weights: ours, and megatron-core's own.
+
+All contenders on a GPU share one set of weights and one fp32 gradient of each, so that they fit
+beside each other, and see the same data. Gradients are collected as megatron-core's data
+parallelism collects them: what a layer has not added to `main_grad` itself, a hook adds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_kanana.config import Settings
+from megatron_kanana.device import Device
+
+_EXPERT = re.compile(r"(.*\.experts)\.(?:local_experts\.(\d+)\.)?linear_fc([12])\.weight(\d*)$")
+_STACKS = {"1": "gate_up", "2": "down"}
+_FUSED_NORMS = {
+    "linear_kv_up_proj.layer_norm_weight": "kv_layernorm.weight",
+    "linear_q_up_proj.layer_norm_weight": "q_layernorm.weight",
+    "self_attention.linear_q_down_proj.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Ends of names of norms that Transformer Engine fuses with the product after them."""
+
+
+@dataclasses.dataclass
+class Contender:
+    """A model on this process that takes steps; what `training.step.run_schedule` reads of a run.
+
+    Attributes:
+        chunks: the model.
+    """
+
+    settings: Settings
+    device: Device
+    config: Any
+    chunks: list[Any]
+
+    def forward_backward(self, iterators: list[Iterator[dict[str, torch.Tensor]]]) -> torch.Tensor:
+        """One microbatch forward and backward through megatron-core's schedule; its loss."""
+        from megatron_kanana.training.step import run_schedule
+
+        run: Any = self  # of which the schedule reads what this has
+        (loss,) = run_schedule(run, iterators, 1, forward_only=False)
+        return loss
+
+
+class SharedParameters:
+    """The weights and gradients of one model, for others to use as theirs.
+
+    Args:
+        model: ours; keeps its weights, and gets `main_grad` of zeros.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {_plain(name): p for name, p in model.named_parameters()}
+        self.buffers = {_plain(name): b for name, b in model.named_buffers()}
+        for parameter in self.parameters.values():
+            gradient = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            _collect_in(parameter, gradient)
+
+    def lend_to(self, model: nn.Module) -> None:
+        """Let `model` compute with these weights and add to these gradients.
+
+        Raises:
+            KeyError: it has a parameter or an expert bias that these do not have.
+        """
+        for name, parameter in model.named_parameters():
+            weight, gradient = self._of(_plain(name))
+            parameter.data = weight
+            _collect_in(parameter, gradient)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(self.buffers[_plain(name)])
+
+    def zero_gradients(self) -> None:
+        """Begin another sum of gradients."""
+        for parameter in self.parameters.values():
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Copies of the sums, by our names of the parameters."""
+        return {name: p.main_grad.clone() for name, p in self.parameters.items()}  # type: ignore[attr-defined]
+
+    def _of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if expert := _EXPERT.match(name):
+            prefix, local, projection, number = expert.groups()
+            stack = self.parameters[f"{prefix}.{_STACKS[projection]}"]
+            index = int(local or number)
+            return stack.data[index], stack.main_grad[index]  # type: ignore[attr-defined]
+        for fused, own in _FUSED_NORMS.items():
+            if name.endswith(fused):
+                name = name.removesuffix(fused) + own
+        parameter = self.parameters[name]
+        return parameter.data, parameter.main_grad  # type: ignore[attr-defined]
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the wrappers that mixed precision puts around a model."""
+    return name.removeprefix("module.")
+
+
+def _collect_in(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    """What megatron-core's data parallelism does with a parameter on one process."""
+    parameter.main_grad = gradient  # type: ignore[attr-defined]
+    parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    parameter.register_post_accumulate_grad_hook(_collect)
+
+
+def _collect(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None and not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def our_model(settings: Settings, device: Device) -> Contender:
+    """Ours, with weights drawn from the seed."""
+    from megatron_kanana.model.builder import build_model
+    from megatron_kanana.model.megatron_config import transformer_config
+    from megatron_kanana.training.run import choose_backends
+
+    backends = choose_backends(settings, device)
+    config = transformer_config(settings, device, backends)
+    chunks = build_model(settings, config, device, backends)
+    return Contender(settings, device, config, chunks)
+
+
+def megatron_model(settings: Settings, device: Device, **changes: Any) -> Contender:
+    """megatron-core's own model: on a GPU Transformer Engine's modules and every fusion.
+
+    Args:
+        changes: to its configuration, such as `fp8="e4m3"`.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.moe import moe_utils
+
+    from megatron_kanana.model.attention import core_attention_spec
+    from megatron_kanana.model.megatron_config import transformer_config
+
+    fused = device.is_cuda
+    options = {**(FUSED if fused else UNFUSED), **changes}
+    config = dataclasses.replace(transformer_config(settings, device), **options)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=fused, normalization="RMSNorm"
+    )
+    if not fused:
+        moe_utils.te_general_gemm = None  # left undefined without Transformer Engine
+        for layer in block.layer_specs:  # whose own attention knows no MLA there
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = core_attention_spec("torch", deterministic=False)
+    build = partial(
+        GPTModel,
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=settings.model.padded_vocab_size,
+        max_sequence_length=settings.data.sequence_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    model = _without_apex(build) if fused else build()
+    model.to(device.torch_device)
+    chunk = Float16Module(config, model) if device.dtype == torch.bfloat16 else model
+    return Contender(settings, device, config, [chunk])
+
+
+FUSED: Mapping[str, Any] = {
+    "rope_type": "yarn",  # the only one whose fused kernel knows MLA; of factor 1 it is plain
+    "apply_rope_fusion": True,
+    "gradient_accumulation_fusion": True,
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "cross_entropy_loss_fusion": True,
+    "cross_entropy_fusion_impl": "te",
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+    "moe_router_fusion": True,
+    "moe_token_dispatcher_type": "alltoall",
+}
+"""megatron-core's fusions, with which it was fastest."""
+
+UNFUSED: Mapping[str, Any] = {
+    "moe_token_dispatcher_type": "allgather",  # the other one makes CUDA streams
+}
+"""What it has without Transformer Engine, for machines without a GPU."""
+
+
+def _without_apex(build: Any) -> Any:
+    """Build with fused weight gradients, which without Apex the output layer alone refuses."""
+    from megatron.core.tensor_parallel import layers
+
+    available = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = True
+    try:
+        model = build()
+    finally:
+        layers._grad_accum_fusion_available = available
+    if not available:
+        model.output_layer.gradient_accumulation_fusion = False
+    return model
