@@ -6,6 +6,7 @@ The long form is `python -m tests.faults.campaign`.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Itera
     yield Campaign(tmp_path_factory.mktemp("faults"), seed, cache_dir, STEPS)
 
 
-@pytest.mark.parametrize(("layout", "kills"), [("ep2", 7), ("pp2", 5)])
+@pytest.mark.parametrize(("layout", "kills"), [("ep2", 4), ("pp2", 3)])
 def test_killed_runs_end_as_the_undisturbed_one(
     layout: str, kills: int, campaign: Campaign
 ) -> None:
@@ -46,7 +47,8 @@ def test_a_frozen_rank_is_named_killed_and_the_run_ends_as_the_undisturbed_one(
     (report,) = campaign.folder.glob("runs/ep2_frozen_0/hangs/*/report.txt")
     (freeze,) = result.freezes
     other = 1 - freeze.rank
-    assert f"rank {other} waits in " in report.read_text()
+    waiting = re.search(rf"rank {other} waits in .*, called at (\S+?):(\d+) ", report.read_text())
+    assert waiting
     stacks = (report.parent / f"stacks_of_rank_{other}.txt").read_text()
-    assert "distributed_c10d.py" in stacks
+    assert re.search(rf'{waiting[1]}", line {waiting[2]}\b', stacks)
     assert not (report.parent / f"stacks_of_rank_{freeze.rank}.txt").exists()
