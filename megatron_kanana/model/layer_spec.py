@@ -16,7 +16,6 @@ from megatron.core.transformer.multi_latent_attention import (
 )
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
     get_mtp_num_layers_to_build,
 )
@@ -35,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 from .experts import GroupedExperts
 from .linear_layers import IN_TORCH, LinearLayers
 from .moe_layer import ExpertLayer
+from .multi_token_layer import PredictionLayer
 from .norm import RMSNorm
 from .router import Router
 from .shared_experts import SharedExperts
@@ -87,7 +87,7 @@ def multi_token_prediction_spec(
     if count == 0:
         return None
     layer = ModuleSpec(
-        module=MultiTokenPredictionLayer,
+        module=PredictionLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=RMSNorm,
             hnorm=RMSNorm,
