@@ -47,7 +47,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--sequences", type=int, default=2, help="of a step")
     parser.add_argument("--sequence-length", type=int, default=4096)
-    parser.add_argument("--set", nargs="*", default=[], help="more settings of ours, as NAME=VALUE")
+    parser.add_argument("--set", nargs="*", default=[], help="more settings, as NAME=VALUE")
 
 
 class Bench:
@@ -78,7 +78,7 @@ class Bench:
             self._add(f"{OURS}, {precision}", settings, our_model)
         for precision in options.peer_precisions:
             compute = "fp32" if precision == "fp32" else "bf16"
-            settings = partial(settings_of_slice, options, [f"precision={compute}"])
+            settings = partial(settings_of_slice, options, [f"precision={compute}", *options.set])
             peer = partial(megatron_model, **PEER_RECIPES[precision])
             self._add(f"{MEGATRON}, {precision}", settings, peer)
 

@@ -1,0 +1,209 @@
+"""Whether precisions, and megatron-core's own modules, learn alike: loss curves on real text.
+
+python -m benchmarks.loss_parity --name loss_parity_h200 --steps 400
+
+A model of 0.25 billion parameters is trained from the same weights on the same text by each
+contender: ours in bf16, ours in fp8, and megatron-core's modules in bf16. What rounding alone does
+is shown by ours in bf16 once more, with the sequences of each batch in another order, which sums
+their gradients in another order. AdamW updates fp32 weights; it is torch's, the same for all. The
+text is the built-in one, six languages and Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_kanana.data.builtin import (
+    builtin_data,
+    language_samples,
+    prepare_builtin_data,
+    standard_library_sources,
+)
+
+from .card import RESULTS_DIR, Row, write_card
+from .loss_curves import curve_rows, plot_curves
+from .step_bench import BUILTIN_VOCABULARY, OURS, Bench
+
+MODEL = (
+    *("model.hidden_size=1024", "model.num_attention_heads=8", "model.ffn_hidden_size=3072"),
+    *("model.num_experts=16", "model.num_experts_per_token=4", "model.num_shared_experts=1"),
+    *("model.moe_ffn_hidden_size=512", "model.num_dense_layers=1"),
+)
+"""Beside 30B's heads, which the kernels for attention are made for."""
+
+ANOTHER_ORDER = "another order"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of windows of a text, drawn from a seed.
+
+    Attributes:
+        tokens: int64 [tokens of the text].
+        sequences: of a batch.
+        microbatches: into which a batch is cut.
+        length: of a sequence.
+    """
+
+    tokens: torch.Tensor
+    sequences: int
+    microbatches: int
+    length: int
+
+    def draw(self, step: int, *, reordered: bool) -> Iterator[dict[str, torch.Tensor]]:
+        """Microbatches of a step: the same sequences in both orders."""
+        dice = torch.Generator().manual_seed(step)
+        last = len(self.tokens) - self.length - 1
+        starts = torch.randint(last, (self.sequences,), generator=dice)
+        if reordered:
+            starts = starts[torch.randperm(self.sequences, generator=dice)]
+        windows = self.tokens[starts[:, None] + torch.arange(self.length + 1)]
+        for part in windows.chunk(self.microbatches):
+            shape = part[:, :-1].shape
+            yield {
+                "tokens": part[:, :-1].contiguous(),
+                "labels": part[:, 1:].contiguous(),
+                "loss_mask": torch.ones(shape),
+                "position_ids": torch.arange(self.length).expand(shape).contiguous(),
+            }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train every contender, and write card and plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", required=True, help="write NAME.json and NAME.png")
+    parser.add_argument("--output", type=Path, default=RESULTS_DIR, help="folder of the card")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=16, help="of a step")
+    parser.add_argument("--microbatches", type=int, default=2, help="of a step")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8_blockwise"], help="ours")
+    parser.add_argument("--peer-precisions", nargs="*", default=["bf16"], help="megatron-core's")
+    parser.add_argument("--set", nargs="*", default=[], help="more settings, as NAME=VALUE")
+    options = parser.parse_args(arguments)
+    options.model, options.vocabulary = "kanana_2_30b_a3b", BUILTIN_VOCABULARY
+    options.set = [*MODEL, *options.set]
+    bench = Bench(options)
+    bench.build()
+    batches = Batches(
+        text_tokens(), options.sequences, options.microbatches, options.sequence_length
+    )
+    rows = gradient_rows(bench, batches)
+    curves = train_all(bench, batches, options)
+    rows += curve_rows(curves, base=f"{OURS}, {options.precisions[0]}", noise=ANOTHER_ORDER)
+    print(write_card(options.name, rows, options.output, bench.notes))
+    plot_curves(curves, options.output / f"{options.name}.png")
+
+
+def text_tokens() -> torch.Tensor:
+    """The built-in text by the built-in tokenizer, int64 [tokens]."""
+    from megatron_kanana.data.tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = builtin_data(Path(folder), BUILTIN_VOCABULARY)
+        prepare_builtin_data(data, BUILTIN_VOCABULARY)
+        tokenizer = load_tokenizer(data.tokenizer)
+        texts = itertools.chain(language_samples(), standard_library_sources(2**23))
+        encoded = tokenizer.encode_batch(list(texts))
+    joined = [torch.tensor([*document, tokenizer.eod]) for document in encoded]
+    return torch.cat(joined)
+
+
+def gradient_rows(bench: Bench, batches: Batches) -> list[Row]:
+    """Smallest cosine of a parameter's gradient with the first contender's, at the start."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    assert bench.shared is not None
+    for name, contender in bench.contenders.items():
+        bench.shared.zero_gradients()
+        for batch in batches.draw(0, reordered=False):
+            contender.forward_backward([iter([batch])])
+        found[name] = bench.shared.gradients()
+    base, *others = found
+    rows = []
+    for name in others:
+        cosines = {
+            parameter: float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+            for (parameter, a), b in zip(found[base].items(), found[name].values(), strict=True)
+        }
+        worst = min(cosines, key=lambda parameter: cosines[parameter])
+        rows += [
+            Row(f"{name}: smallest cosine of a gradient ({worst})", "", cosines[worst]),
+            Row(f"{name}: median cosine of gradients", "", statistics.median(cosines.values())),
+        ]
+    return rows
+
+
+def train_all(
+    bench: Bench, batches: Batches, options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Losses of each step of each contender, the first of which also runs in another order."""
+    assert bench.shared is not None
+    parameters = list(bench.shared.parameters.values())
+    initial = [parameter.detach().clone() for parameter in parameters]
+    names = list(bench.contenders)
+    curves = {}
+    for name, reordered in [(names[0], False), (names[0], True), *((n, False) for n in names[1:])]:
+        for parameter, start in zip(parameters, initial, strict=True):
+            parameter.data.copy_(start)
+        label = f"{name}, {ANOTHER_ORDER}" if reordered else name
+        curves[label] = train(bench, name, batches, reordered, options)
+        print(f"{label}: loss {curves[label][0]:.4f} -> {curves[label][-1]:.4f}", flush=True)
+    return curves
+
+
+def train(
+    bench: Bench, name: str, batches: Batches, reordered: bool, options: argparse.Namespace
+) -> list[float]:
+    """Mean loss of each step; warm-up over a tenth of them, then a constant learning rate."""
+    shared, contender = bench.shared, bench.contenders[name]
+    assert shared is not None
+    parameters = list(shared.parameters.values())
+    masters = [torch.nn.Parameter(p.detach().float().clone()) for p in parameters]
+    optimizer = torch.optim.AdamW(
+        masters, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    losses: list[float] = []
+    for step in range(options.steps):
+        shared.zero_gradients()
+        contender.chunks[0].set_is_first_microbatch()
+        of_step = [
+            contender.forward_backward([iter([batch])])
+            for batch in batches.draw(step, reordered=reordered)
+        ]
+        warmed_up = min(1.0, (step + 1) / max(1, options.steps // 10))
+        optimizer.param_groups[0]["lr"] = options.learning_rate * warmed_up
+        update(parameters, masters, optimizer, batches.microbatches)
+        losses.append(float(torch.stack(of_step).mean()))
+    return losses
+
+
+@torch.no_grad()
+def update(
+    parameters: Sequence[torch.nn.Parameter],
+    masters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    microbatches: int,
+) -> None:
+    """AdamW on fp32 weights with gradients clipped to a norm of 1, and their copies in bf16."""
+    for parameter, master in zip(parameters, masters, strict=True):
+        master.grad = parameter.main_grad / microbatches  # type: ignore[attr-defined]
+    torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    for parameter, master in zip(parameters, masters, strict=True):
+        parameter.data.copy_(master)
+
+
+if __name__ == "__main__":
+    main()
