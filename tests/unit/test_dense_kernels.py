@@ -170,6 +170,7 @@ def test_recipes_reach_megatron_core(
     assert config.first_last_layers_bf16
     assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (0, 1)
     with any_number_of_tokens(config):
-        assert config.fp8 is None
+        inside = config.fp8, config.apply_rope_fusion
+    assert inside == (None, False)
     assert config.fp8 == form
     assert transformer_config(settings, where).fp8 is None
