@@ -3,7 +3,7 @@
 python -m benchmarks.multi_gpu.correctness --processes 4 --name layouts_4_h100
 
 From one checkpoint each layout trains some steps with AdamW and with MuonClip, in fp32 (TF32 off)
-and in bf16; losses, largest attention logits, heads that QK-Clip scales down, weights and logits are
+and in bf16; losses, largest attention logits, heads QK-Clip scales down, weights and logits are
 compared with those of one process. Where the tests have no tolerance, it is taken from runs on one
 process that sum in other orders (docs/multi_gpu.md). A model of transformers' is compared with what
 it becomes with its experts over all processes. Exit code 1 if anything differs or was not run.
@@ -128,7 +128,7 @@ class Comparison:
         words += [*run.overrides, f"checkpoint.load={suite.saved(source, step)}"]
         logits = None
         if run.resumes is None:
-            layout = [word for word in run.overrides if word.startswith("parallel.")]
+            layout = [word for word in run.overrides if word.startswith(("parallel.", "kernels."))]
             logits = LogitsJob(
                 str(suite.saved(START, lengths.start)),
                 str(self.work / "tokens.pt"),
@@ -177,9 +177,8 @@ class Comparison:
             except (OSError, AssertionError) as error:
                 yield f"{suite.title}: not run on one process: {self._reason(suite, error)}"
                 continue
-            for run in [*suite.single_runs(), *suite.split_runs()]:
-                if run.name != ONE and run.seed is None:
-                    yield from self._verdicts(suite, run, noise)
+            for run in suite.split_runs():
+                yield from self._verdicts(suite, run, noise)
         for dtype in self.options.dtypes:
             yield self._parity(dtype)
         yield NOT_BUILT

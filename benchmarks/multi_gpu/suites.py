@@ -115,7 +115,7 @@ class Suite:
         """On one process: what all begin with, what all are compared with, and noise."""
         yield Run(ONE, 1)
         for seed, size in enumerate(NOISE_MICRO_BATCHES):
-            words = (f"schedule.micro_batch_size={size}",)
+            words = (f"schedule.micro_batch_size={size}", "kernels.linear_backend=torch")
             yield Run(f"{NOISE}, {seed}", 1, words, seed=seed)
         yield from (run for run in self.split_runs() if run.processes == 1)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from tests.checkpoints import saved_tensors
 
 TOLERANCE = 1e-5
@@ -69,11 +71,21 @@ def checkpoint(folder: Path, run: str, step: int) -> Path:
 
 
 def weight_differences(ours: Path, theirs: Path) -> dict[str, float]:
-    """Of each weight of two checkpoints: norm of the difference over the norm of theirs."""
-    our_tensors, their_tensors = saved_tensors(ours), saved_tensors(theirs)
+    """Of each weight of two checkpoints: norm of the difference over the norm of theirs.
+
+    The optimizer's fp32 weights are compared where there are any.
+    """
+    our_tensors, their_tensors = _weights(saved_tensors(ours)), _weights(saved_tensors(theirs))
     assert our_tensors.keys() == their_tensors.keys()
     return {
         name: float((our_tensors[name] - whole).norm() / whole.norm().clamp(min=1e-12))
         for name, whole in their_tensors.items()
+    }
+
+
+def _weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: tensors.get(f"optimizer.state.param.{name}", tensor)
+        for name, tensor in tensors.items()
         if not name.startswith("optimizer.")
     }
