@@ -175,8 +175,10 @@ def _outputs(run: Run) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _keeper(outputs: dict[str, torch.Tensor], place: str) -> Any:
-    def keep(_module: Any, _inputs: Any, result: Any) -> None:
+    def keep(module: Any, inputs: Any, result: Any) -> None:
         output = result[0] if isinstance(result, tuple) else result
+        if place == "logits":  # the layer hands hidden states over where there are labels
+            output = torch.nn.functional.linear(inputs[0], module.weight)
         outputs[place] = output.detach().float().clone()
 
     return keep

@@ -332,6 +332,11 @@ class KernelSettings:
         " turns, splits and joins in one pass",
         choices=("auto", "triton", "torch"),
     )
+    loss_backend: str = setting(
+        "auto",
+        help="the same for the output layer's losses",
+        choices=("auto", "csrc", "torch"),
+    )
     deterministic: bool = setting(
         False,
         help="attention's gradients have the same bits run to run; slower on a GPU",

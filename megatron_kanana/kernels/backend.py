@@ -24,12 +24,14 @@ class Backends:
         experts: of `kernels.moe`.
         linear: of the dense linear layers, 'te' or 'torch'.
         rope: of rotary embeddings, 'triton' or 'torch'.
+        loss: of `kernels.linear_cross_entropy`.
     """
 
     attention: str
     experts: str
     linear: str = "torch"
     rope: str = "torch"
+    loss: str = "torch"
 
 
 REFERENCE = Backends(attention="torch", experts="torch")

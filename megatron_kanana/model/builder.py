@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -18,6 +17,7 @@ from .attention import core_attention_spec
 from .initialization import initialize_weights
 from .layer_spec import block_spec, expert_layer_spec, multi_token_prediction_spec
 from .linear_layers import linear_layers, mark_whole_layers
+from .linear_loss import LinearLossGPTModel
 from .multi_token import MultiTokenGPTModel
 
 
@@ -55,7 +55,7 @@ def gpt_model(
     vp_stage: int | None = None,
 ) -> Any:
     """megatron-core's GPTModel with the project's layers; weights are megatron-core's."""
-    model_class = MultiTokenGPTModel if settings.model.num_mtp_layers else GPTModel
+    model_class = MultiTokenGPTModel if settings.model.num_mtp_layers else LinearLossGPTModel
     attention = core_attention_spec(backends.attention, settings.kernels.deterministic)
     experts = expert_layer_spec(settings.parallel.token_dispatcher, backends.experts)
     linear = linear_layers(backends.linear)
@@ -70,4 +70,5 @@ def gpt_model(
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
         vp_stage=vp_stage,
+        loss_backend=backends.loss,
     )

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper, roll_tensor
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from .linear_loss import LinearLossGPTModel
 from .segments import mask_within_documents
 
 
-class MultiTokenGPTModel(GPTModel):
+class MultiTokenGPTModel(LinearLossGPTModel):
     """A GPTModel whose multi-token prediction layers run in training forwards with labels only.
 
     Layer k predicts the token k places after the next one, from the hidden states of layer k - 1
@@ -58,6 +58,7 @@ class MultiTokenGPTModel(GPTModel):
         if labels is None or not self.training:
             with _set(self, mtp_process=False), _set(self.config, mtp_num_layers=None):
                 return super().forward(*inputs, labels=labels, **options)
+        own_loss_mask = loss_mask
         if loss_mask is None:
             loss_mask = torch.ones_like(labels)
         # In fp32, in which the labels are counted. megatron-core divides by that count: where it
@@ -76,7 +77,15 @@ class MultiTokenGPTModel(GPTModel):
             # Has GPTModel take sums; schedules and routers have read it before, or read it later.
             calculate_per_token_loss=loss_weight is not None,
         ):
-            return super().forward(*inputs, labels=labels, loss_mask=loss_mask, **options)
+            options |= {"labels": labels, "loss_mask": loss_mask}
+            weights = [*self._masks_of_layers(loss_mask), own_loss_mask]
+            return super().forward(*inputs, gradient_weights=weights, **options)
+
+    def _masks_of_layers(self, loss_mask: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Where each layer's labels count, as GPTModel takes them from `loss_mask`."""
+        for _ in range(self.config.mtp_num_layers):
+            loss_mask, _ = roll_tensor(loss_mask, shifts=-1, dims=-1, cp_group=self.cp_group)
+            yield loss_mask
 
     def sharded_state_dict(
         self,

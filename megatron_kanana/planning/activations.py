@@ -15,10 +15,11 @@ width s, E experts, and two bytes an element:
 | routed experts | csrc: pre-activations 4Kn; torch: 8Kd + 14Kn | 2Kd + 6Kn |
 | shared experts | csrc 4s, torch 14s | 6s |
 | router | csrc: logits, choice, order 4E + 16K + 4; torch: 16E + 16K + 8 | 17E + 28K + 12 |
-| loss, V words | softmax 4V, while logits 2V exist | logits 2V, overwritten by their gradient |
+| loss, V words | `output_bytes` | logits 2V, overwritten by their gradient |
 
 Where tokens come from other processes, csrc's experts keep what comes (`arrived_bytes`). Versions
-before `kernels.moe` kept 2Kd + 12Kn, 10s and 17E + 32K + 12.
+before `kernels.moe` kept 2Kd + 12Kn, 10s and 17E + 32K + 12, those before
+`kernels.linear_cross_entropy` a softmax of 4V, while logits of 2V existed.
 
 Core attention keeps the same with SDPA and with `csrc`. While SDPA's finds the largest logits there
 are 1,024 rows of them, 6 bytes each; csrc's backward pass holds `attention_backward_bytes`.
@@ -29,6 +30,7 @@ Tensor parallelism divides all of it, sequence parallelism what it does not spli
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from .architecture import Architecture
 from .calibration import Implementation
@@ -36,6 +38,7 @@ from .communication import distinct
 from .layout import Layout, Stage
 
 MAX_LOGIT_ROWS = 1024  # the same of kernels/attention/fused_torch.py
+CHUNK_BYTES = 2**30  # the same of kernels/linear_cross_entropy
 
 
 def attention_bytes(architecture: Architecture) -> dict[str, float]:
@@ -181,18 +184,38 @@ def stage_bytes(
         whole = dataclasses.replace(layout, recompute=frozenset())
         transient += of_layer(has_experts, whole)
     if stage.output:
-        norm = (4.0 * hidden + 4) * tokens / layout.tensor
-        words = architecture.vocab_size * tokens / layout.tensor
-        losses = 1 + stage.mtp
-        of_output = losses * (norm + (2.0 if implementation.fused else 4.0) * words + 9 * tokens)
-        # The output layer's weight gradient exists in bf16 before it is added to the sums.
-        passing = 2.0 * architecture.vocab_size * hidden / layout.tensor
-        if not implementation.fused:  # of the last loss, fp32 softmax and bf16 logits
-            passing = max(2.0 * words, passing - 2.0 * words)
+        of_loss, passing = output_bytes(architecture, layout, implementation)
+        of_output = (1 + stage.mtp) * of_loss
         kept += of_output
         # Layers pass before the loss and after it, when its memory is free.
         transient = max(passing, transient - of_output)
     return kept, transient
+
+
+def takes_gradients_early(architecture: Architecture, layout: Layout) -> bool:
+    """Whether gradients of losses are taken in the forward pass (docs/loss.md), in bf16."""
+    return 2 * architecture.hidden_size < layout.tokens
+
+
+def output_bytes(
+    architecture: Architecture, layout: Layout, implementation: Implementation
+) -> tuple[float, float]:
+    """What one loss keeps, the norm before it included, and what it needs beside it for a while."""
+    hidden, tokens = architecture.hidden_size, layout.tokens
+    norm = (4.0 * hidden + 4) * tokens / layout.tensor
+    logits = 2.0 * architecture.vocab_size * tokens / layout.tensor
+    weight = 2.0 * architecture.vocab_size * hidden / layout.tensor
+    if implementation.linear_loss:
+        gathered = 4.0 * hidden * tokens if layout.tensor > 1 else 0.0
+        if not takes_gradients_early(architecture, layout):
+            return norm + logits + 20 * tokens, gathered
+        chunks = math.ceil(logits / CHUNK_BYTES)
+        return norm + 2 * weight + 4 * tokens, logits / chunks + gathered
+    # The output layer's weight gradient exists in bf16 before it is added to the sums.
+    if implementation.fused:
+        return norm + logits + 9 * tokens, weight
+    # Of the last loss, fp32 softmax and bf16 logits.
+    return norm + 2 * logits + 9 * tokens, max(logits, weight - logits)
 
 
 def _projection_inputs(architecture: Architecture, *, is_moe: bool) -> float:

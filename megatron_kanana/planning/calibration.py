@@ -182,6 +182,8 @@ class Implementation:
         host_expert: seconds for each routed expert of the process, by format of computation, where
             they are not launched together.
         host_stage: seconds for embedding, output layer, loss and the like, forward and backward.
+        linear_loss: whether losses are taken from hidden states, a chunk of logits at a time
+            (docs/loss.md).
     """
 
     name: str
@@ -193,6 +195,7 @@ class Implementation:
     host_moe: float
     host_expert: dict[str, float] = field(hash=False)
     host_stage: float
+    linear_loss: bool = False
 
 
 TRANSFORMER_ENGINE = Implementation(

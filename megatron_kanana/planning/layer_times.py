@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from .activations import MAX_LOGIT_ROWS
+from .activations import MAX_LOGIT_ROWS, takes_gradients_early
 from .architecture import Architecture, Weight, multiply_size
 from .calibration import Efficiencies, Implementation
 from .communication import (
@@ -169,6 +169,9 @@ def output_parts(job: Job, *, forward: bool) -> Parts:
     architecture, layout = job.architecture, job.layout
     parts = Parts()
     output = [weight for weight in architecture.output_layer() if weight.kind == "output_layer"]
+    if job.implementation.linear_loss:
+        parts["output layer and loss"] = _linear_loss_seconds(job, output, forward=forward)
+        return parts
     parts["output layer and loss"] = _products(job, output, forward=forward, in_bf16=True)
     # Reads and writes of the logits beside the product's, in bf16 sizes. peers: about 10 ms of
     # cross-entropy at 8,192 tokens where it is not fused, which is 15 times their bytes.
@@ -176,6 +179,23 @@ def output_parts(job: Job, *, forward: bool) -> Parts:
     logits = 2.0 * architecture.vocab_size * layout.tokens / layout.tensor
     parts["output layer and loss"] += _memory_seconds(job, passes * logits)
     return parts
+
+
+def _linear_loss_seconds(job: Job, output: list[Weight], *, forward: bool) -> float:
+    """Seconds of a loss without whole logits, whose gradients may come in the forward pass."""
+    architecture, layout = job.architecture, job.layout
+    logits = 2.0 * architecture.vocab_size * layout.tokens / layout.tensor
+    gradients = _products(job, output, forward=False, in_bf16=True)
+    gradients += _memory_seconds(job, 2 * logits)  # read, and overwritten by their gradient
+    early = takes_gradients_early(architecture, layout)
+    if forward:
+        seconds = _products(job, output, forward=True, in_bf16=True)
+        seconds += _memory_seconds(job, logits)  # read, for the softmax's sums
+        return seconds + gradients if early else seconds
+    if early:  # the weight's gradient and the sums are read, and the sums written
+        size = architecture.vocab_size * architecture.hidden_size / layout.tensor
+        return _memory_seconds(job, 12.0 * size)
+    return gradients
 
 
 def _products(job: Job, weights: list[Weight], *, forward: bool, in_bf16: bool = False) -> float:

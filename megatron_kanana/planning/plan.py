@@ -213,7 +213,7 @@ def job_of(
         world_size: processes of the job.
         machine: GPUs and network.
         implementation: how layers are computed. `TORCH` gets the attention, the experts and the
-            dispatcher that the settings choose on this machine.
+            dispatcher that the settings choose on this machine, and this version's losses.
         global_batch_size: of a step, where it is not the first one of the settings.
         fp8: whether projections and experts compute in fp8. `precision.fp8` leaves experts in bf16,
             which are the most of the products, and is planned for as bf16.
@@ -227,6 +227,7 @@ def job_of(
             attention=attention_of(settings, machine),
             experts=experts_of(settings, machine),
             sends_once="node" if by_deep_ep else "process",
+            linear_loss=True,
         )
     return Job(
         architecture=Architecture.of(settings.model),

@@ -41,6 +41,7 @@ from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import Backends, choose_backend
 from megatron_kanana.kernels.dense import choose_linear_backend, choose_rope_backend
+from megatron_kanana.kernels.linear_cross_entropy.backend import choose_loss_backend
 from megatron_kanana.kernels.moe.backend import choose_moe_backend
 from megatron_kanana.model.builder import build_model
 from megatron_kanana.model.megatron_config import transformer_config
@@ -178,7 +179,8 @@ def choose_backends(settings: Settings, device: Device) -> Backends:
         dtype=device.dtype,
         limits_passed=fused_rope_limits_passed(settings),
     )
-    return Backends(attention, experts, linear, rope)
+    loss = choose_loss_backend(kernels.loss_backend, device.torch_device.type)
+    return Backends(attention, experts, linear, rope, loss)
 
 
 def build_run(settings: Settings, device: Device) -> Run:

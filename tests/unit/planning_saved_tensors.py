@@ -64,8 +64,13 @@ def measure(settings: Settings, where: Any) -> dict[str, int]:
     # SDPA and csrc run on a CPU, too; what they keep there is what they keep on a GPU.
     backend = "sdpa" if settings.kernels.backend == "auto" else settings.kernels.backend
     of_experts = "torch" if settings.kernels.moe_backend == "auto" else settings.kernels.moe_backend
-    backends = Backends(backend, of_experts)
+    backends = Backends(backend, of_experts, loss="csrc")
     model = Float16Module(config, gpt_model(settings, config, backends)).train()
+    # As data parallelism has it: the output layer adds to its sums, and no gradient stays.
+    output = model.module.output_layer.weight
+    output.main_grad, output.grad_added_to_main_grad = torch.zeros_like(output).float(), False
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(drop_gradient)
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -80,10 +85,15 @@ def measure(settings: Settings, where: Any) -> dict[str, int]:
     positions = torch.arange(shape[1]).expand(shape).contiguous()
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, shared_experts_seen_by(keep):
-        model(tokens, positions, None, labels=tokens)
+        model(tokens, positions, None, labels=tokens, loss_mask=torch.ones(shape))
     kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     saved.clear()
     return {"saved": kept, "peak": peak_of(model, tokens, positions)}
+
+
+def drop_gradient(parameter: torch.Tensor) -> None:
+    """As data parallelism does when it has added it."""
+    parameter.grad = None
 
 
 @contextlib.contextmanager
@@ -115,7 +125,8 @@ def peak_of(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> int:
     """Most bytes that were allocated at once during both passes, gradients of weights included."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        model(tokens, positions, None, labels=tokens).float().sum().backward()
+        mask = torch.ones(tokens.shape)
+        model(tokens, positions, None, labels=tokens, loss_mask=mask).sum().backward()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = profile.profiler.kineto_results.events()
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]

@@ -145,6 +145,13 @@ LAUNCH = {
         "pip install --no-build-isolation -e .",
         Environment(has_native_library=False),
     ),
+    "compiled losses that were not built": Bad(
+        ("kernels.loss_backend=csrc",),
+        "kernels.loss_backend",
+        "csrc",
+        "pip install --no-build-isolation -e .",
+        Environment(has_native_library=False),
+    ),
     "compiled experts in fp32 on a GPU": Bad(
         ("kernels.moe_backend=csrc", "precision.compute=fp32"),
         "kernels.moe_backend",
