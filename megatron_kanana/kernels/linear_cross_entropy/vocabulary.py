@@ -90,9 +90,9 @@ class Vocabulary:
         own_3C: torch.Tensor = self.rows.statistics(logits_CV, labels_C, self.first_word(weight_VD))
         if self.size == 1:
             return own_3C
-        all_P3C = own_3C.new_empty(self.size, *own_3C.shape)
-        dist.all_gather_into_tensor(all_P3C, own_3C, group=self.group)
-        largest_PC, sum_PC, of_label_PC = all_P3C.unbind(1)
+        rows_of_all = own_3C.new_empty(self.size * 3, own_3C.shape[1])
+        dist.all_gather_into_tensor(rows_of_all, own_3C, group=self.group)
+        largest_PC, sum_PC, of_label_PC = rows_of_all.view(self.size, 3, -1).unbind(1)
         largest_C = largest_PC.amax(0)
         sum_C = ((largest_PC - largest_C).exp() * sum_PC).sum(0)
         return torch.stack([largest_C, sum_C, of_label_PC.sum(0)])
