@@ -71,9 +71,12 @@ class SharedParameters:
 
         Raises:
             KeyError: it has a parameter or an expert bias that these do not have.
+            ValueError: its parameters have another dtype.
         """
         for name, parameter in model.named_parameters():
             weight, gradient = self._of(_plain(name))
+            if weight.dtype != parameter.dtype:
+                raise ValueError(f"{name} is {parameter.dtype}, the shared weights {weight.dtype}")
             parameter.data = weight
             _collect_in(parameter, gradient)
         for name, buffer in model.named_buffers():
@@ -124,11 +127,13 @@ def our_model(settings: Settings, device: Device) -> Contender:
     """Ours, with weights drawn from the seed."""
     from megatron_kanana.model.builder import build_model
     from megatron_kanana.model.megatron_config import transformer_config
+    from megatron_kanana.optimizer.build import add_weight_gradients_in_place
     from megatron_kanana.training.run import choose_backends
 
     backends = choose_backends(settings, device)
     config = transformer_config(settings, device, backends)
     chunks = build_model(settings, config, device, backends)
+    add_weight_gradients_in_place(chunks)
     return Contender(settings, device, config, chunks)
 
 

@@ -24,23 +24,29 @@ def wrap_data_parallel(
     """Put each model chunk behind megatron-core's data parallelism.
 
     The distributed optimizer is always on, on one process too, so that a checkpoint has one form.
-    Transformer Engine's layers add their weight gradients to `main_grad` from here on.
-    megatron-core's `gradient_accumulation_fusion` would be for all layers at once, and its own need
-    Apex for it.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=settings.precision.reduce_gradients_in_fp32,
         overlap_grad_reduce=settings.parallel.overlap_gradient_reduction,
         use_distributed_optimizer=True,
     )
-    layers: Iterable[Any] = itertools.chain.from_iterable(chunk.modules() for chunk in chunks)
-    for layer in layers:
-        if hasattr(layer, "fuse_wgrad_accumulation"):
-            layer.fuse_wgrad_accumulation = True
+    add_weight_gradients_in_place(chunks)
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+
+
+def add_weight_gradients_in_place(chunks: Iterable[torch.nn.Module]) -> None:
+    """Have Transformer Engine's layers add their weight gradients to `main_grad` from here on.
+
+    megatron-core's `gradient_accumulation_fusion` would be for all layers at once, and its own need
+    Apex for it.
+    """
+    layers: Iterable[Any] = itertools.chain.from_iterable(chunk.modules() for chunk in chunks)
+    for layer in layers:
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            layer.fuse_wgrad_accumulation = True
 
 
 def build_optimizer(
