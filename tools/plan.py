@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         world_size=options.processes,
         local_world_size=min(options.processes, options.processes_per_node),
         cuda_device_count=options.processes_per_node,
+        gpu_name=options.machine,
+        compute_capability=(10, 0) if options.machine == "b200" else (9, 0),
         megatron_core_version=detect_environment().megatron_core_version,
     )
     try:
