@@ -58,7 +58,7 @@ class Comparison:
         self.options, self.work = options, work
         self.place = Place(on_cuda=options.device == "cuda")
         self.end = time.monotonic() + options.seconds
-        self.cache_dir = work / "data"
+        self.cache_dir = options.cache_dir or work / "data"
         self.failures: Failures = {}
         lengths = Lengths(1, 2, 3) if options.tiny else Lengths()
         self.suites = [
@@ -82,7 +82,7 @@ class Comparison:
             torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0)),
             self.work / "tokens.pt",
         )
-        converting = self._convert()
+        converting = None if self.options.without_transformers else self._convert()
         chains = {
             f"{suite.folder.name}_1": [
                 self._task(suite, None),
@@ -91,7 +91,8 @@ class Comparison:
             for suite in self.suites
         }
         self._run(chains, 1)
-        self._wait_for(converting)
+        if converting is not None:
+            self._wait_for(converting)
         counts = {run.processes for suite in self.suites for run in suite.split_runs()}
         for processes in sorted({*counts, self.options.processes} - {1}):
             chains = {
@@ -102,7 +103,7 @@ class Comparison:
                 ]
                 for suite in self.suites
             }
-            if processes == self.options.processes:
+            if converting is not None and processes == self.options.processes:
                 chains["transformers"] = [self._parity_task(dtype) for dtype in self.options.dtypes]
             self._run(chains, processes)
 
@@ -179,7 +180,7 @@ class Comparison:
                 continue
             for run in suite.split_runs():
                 yield from self._verdicts(suite, run, noise)
-        for dtype in self.options.dtypes:
+        for dtype in [] if self.options.without_transformers else self.options.dtypes:
             yield self._parity(dtype)
         yield NOT_BUILT
 
@@ -267,6 +268,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
     parser.add_argument("--layouts", nargs="+", default=[], help="by name; by default all")
+    parser.add_argument("--without-transformers", action="store_true", help="layouts alone")
+    parser.add_argument("--cache-dir", type=Path, help="where the tokenizer may be already")
     parser.add_argument("--tiny", action="store_true", help="three steps, to try the script")
     parser.add_argument("--work", type=Path, help="empty folder to keep what the runs write")
     parser.add_argument("--seconds", type=float, default=1200.0, help="after which no run is made")

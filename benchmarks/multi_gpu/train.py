@@ -1,4 +1,4 @@
-"""Trains a model of 1.3 billion parameters on real text with MuonClip, kills a rank, and goes on.
+"""Trains a model of 1.2 billion parameters on real text with MuonClip, kills a rank, and goes on.
 
 python -m benchmarks.multi_gpu.train --processes 4 --name train_4_h100 --seconds 580
 
@@ -46,7 +46,7 @@ MODEL = (
     "data.sequence_length=2048",
     "schedule.micro_batch_size=4",
 )
-"""1.3 billion parameters, 0.2 of them active; widths of heads as the 30B's."""
+"""1.2 billion parameters, 0.2 of them active; widths of heads as the 30B's."""
 VOCABULARY, TINY_VOCABULARY = 8192, 4096
 SEQUENCES = 16  # of a step, for each process
 TINY_STEPS = 12
@@ -83,7 +83,7 @@ class Training:
         self.words.append(f"parallel.expert_parallel_size={options.processes}")
         if options.tiny:
             self.words += ["schedule.global_batch_size=4", "schedule.micro_batch_size=1"]
-            self.words += ["data.num_workers=0"]
+            self.words += ["data.num_workers=0", "logging.sample_tokens=4"]
             return
         self.words += [*MODEL, f"model.vocab_size={vocabulary}"]
         self.words.append(f"schedule.global_batch_size={SEQUENCES * options.processes}")

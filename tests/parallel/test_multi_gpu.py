@@ -1,0 +1,62 @@
+"""The scripts for several GPUs run over gloo, and compare what they say they compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.multi_gpu import comparison, correctness, speed, train
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows of the card, by name."""
+    rows = json.loads((folder / "card.json").read_text())["rows"]
+    return {row["name"]: row for row in rows}
+
+
+def card(folder: Path) -> list[str]:
+    """Options for a card in a folder, from tiny runs of a CPU."""
+    return ["--name=card", f"--results-dir={folder}", "--device=cpu", "--tiny"]
+
+
+def test_layouts_are_compared_with_one_process(tmp_path: Path, cache_dir: Path) -> None:
+    options = ["--processes=2", "--dtypes", "bf16", "--optimizers", "MuonClip"]
+    options += ["--layouts", "EP2", "--without-transformers", f"--cache-dir={cache_dir}"]
+    assert correctness.main([*card(tmp_path), *options]) == 0
+    rows = rows_of(tmp_path)
+    title = "bf16, MuonClip, EP2: "
+    assert {name.removeprefix(title).split(" (")[0] for name in rows} == {
+        *("losses", "attention logits", "weights", "heads clipped", "logits")
+    }
+    assert all(0 <= row["ours"] <= row["peer_value"] for row in rows.values())
+    # bf16 has no tolerance but that of the noise; somewhere both are there.
+    assert any(0 < row["ours"] < 0.1 and row["peer_value"] < 0.1 for row in rows.values())
+
+
+@pytest.mark.parametrize("difference", [2e-5, float("nan")])
+def test_a_difference_above_its_tolerance_fails(difference: float) -> None:
+    verdict = comparison.Verdict("fp32, AdamW, TP2", "losses", difference, 1e-5, "of the tests")
+    assert not verdict.passes
+    assert str(verdict).startswith("FAIL")
+
+
+def test_a_slice_is_timed_beside_its_peer(tmp_path: Path) -> None:
+    assert speed.main([*card(tmp_path), "--processes", "2"]) == 0
+    rows = rows_of(tmp_path)
+    ours = rows["2 processes: forward and backward"]
+    assert ours["ratio"] == pytest.approx(ours["ours"] / ours["peer_value"])
+    assert "2 processes, ours: all-to-all that is not hidden" in rows
+    assert rows["2 processes: all-to-all, as the step sends them"]["ours"] > 0
+
+
+def test_a_training_goes_on_after_a_rank_is_killed(tmp_path: Path) -> None:
+    assert train.main([*card(tmp_path), "--processes=2", "--seconds=240"]) == 0
+    rows = rows_of(tmp_path)
+    assert rows["steps"]["ours"] == train.TINY_STEPS
+    assert 0 < rows["step at which a rank was killed"]["ours"] < train.TINY_STEPS
+    name = "losses of steps done before the kill, and those of the run that went on"
+    assert rows[name]["ours"] == 0.0
+    assert {"card.png", "card.html"} <= {path.name for path in tmp_path.iterdir()}
