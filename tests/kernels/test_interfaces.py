@@ -13,6 +13,8 @@ import pytest
     [
         "megatron_kanana.kernels.attention, megatron_kanana.kernels.backend",
         "megatron_kanana.kernels.moe, megatron_kanana.kernels.moe.backend",
+        "megatron_kanana.kernels.linear_cross_entropy, "
+        "megatron_kanana.kernels.linear_cross_entropy.backend",
     ],
 )
 def test_the_interface_needs_torch_alone(modules: str) -> None:
