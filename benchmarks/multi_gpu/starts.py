@@ -83,7 +83,7 @@ def started(words: Sequence[str], place: Place, log: Path) -> Iterator[subproces
             # torchrun hands SIGTERM on to its processes, which may have sessions of their own.
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+                process.wait(2)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

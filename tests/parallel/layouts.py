@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ EXPERT = "parallel.expert_parallel_size=2"
 EXPERT_TENSOR = "parallel.expert_tensor_parallel_size=2"
 OVERLAP = "parallel.overlap_gradient_reduction=true"
 RECOMPUTE = "parallel.recompute=full"
+RECOMPUTE_PARTS = (
+    "parallel.recompute=selective",
+    "parallel.recompute_parts=[norms,up_projections,dense_feed_forward]",
+)
 
 Layouts = dict[str, tuple[int, tuple[str, ...]]]
 """Number of processes and overrides of the settings, by name."""
@@ -42,6 +47,8 @@ LAYOUTS: Layouts = {
     "EP4 with TP2": (4, (TENSOR, "parallel.expert_parallel_size=4")),
     "EP2 x expert-TP2 with TP2": (4, (TENSOR, EXPERT, EXPERT_TENSOR)),
     "full recomputation": (1, (RECOMPUTE,)),
+    "selective recomputation": (1, RECOMPUTE_PARTS),
+    "selective recomputation with TP2": (2, (TENSOR, *RECOMPUTE_PARTS)),
 }
 MUON_LAYOUTS: Layouts = {
     "TP2": (2, (TENSOR,)),
@@ -75,7 +82,7 @@ def weight_differences(ours: Path, theirs: Path) -> dict[str, float]:
 
     The optimizer's fp32 weights are compared where there are any.
     """
-    our_tensors, their_tensors = _weights(saved_tensors(ours)), _weights(saved_tensors(theirs))
+    our_tensors, their_tensors = _weights(ours), _weights(theirs)
     assert our_tensors.keys() == their_tensors.keys()
     return {
         name: float((our_tensors[name] - whole).norm() / whole.norm().clamp(min=1e-12))
@@ -83,7 +90,9 @@ def weight_differences(ours: Path, theirs: Path) -> dict[str, float]:
     }
 
 
-def _weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+@functools.lru_cache(maxsize=2)  # many are compared with the same ones
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    tensors = saved_tensors(path)
     return {
         name: tensors.get(f"optimizer.state.param.{name}", tensor)
         for name, tensor in tensors.items()
