@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .environment import Environment
 from .problems import Problem
-from .schema import ModelSettings, Settings
+from .schema import RECOMPUTE_PARTS, ModelSettings, ParallelSettings, Settings
 
 
 def _divisors(value: int) -> str:
@@ -112,6 +112,7 @@ def check_sharding(settings: Settings, environment: Environment) -> Iterator[Pro
                 f"choose one of {_divisors(size)}" if size < 512 else "choose a divisor of it",
             )
     yield from check_stages(settings)
+    yield from check_recompute(settings.parallel)
     if parallel.virtual_pipeline_stages > 1 and parallel.pipeline_parallel_size == 1:
         yield Problem(
             "parallel.virtual_pipeline_stages",
@@ -125,6 +126,25 @@ def check_sharding(settings: Settings, environment: Environment) -> Iterator[Pro
             parallel.expert_tensor_parallel_size,
             f"is larger than parallel.tensor_parallel_size = {tensor}",
             f"choose at most {tensor}",
+        )
+
+
+def check_recompute(parallel: ParallelSettings) -> Iterator[Problem]:
+    """Parts of layers are named where they are computed again, and only there."""
+    parts = parallel.recompute_parts
+    if parallel.recompute == "selective" and not parts:
+        yield Problem(
+            "parallel.recompute_parts",
+            parts,
+            "is empty, and parallel.recompute = selective computes nothing else again",
+            f"name some of {', '.join(RECOMPUTE_PARTS)}, or set parallel.recompute=none",
+        )
+    elif parallel.recompute != "selective" and parts:
+        yield Problem(
+            "parallel.recompute_parts",
+            parts,
+            f"has no effect with parallel.recompute = {parallel.recompute}",
+            "set parallel.recompute=selective, or leave it empty",
         )
 
 

@@ -108,6 +108,10 @@ class ModelSettings:
         return self.num_shared_experts * self.moe_ffn_hidden_size
 
 
+RECOMPUTE_PARTS = ("norms", "up_projections", "dense_feed_forward")
+"""Parts of a layer that can be computed again by themselves."""
+
+
 @dataclass(kw_only=True)
 class ParallelSettings:
     """How the model is laid over processes. Data parallelism takes what is left of the world."""
@@ -138,7 +142,16 @@ class ParallelSettings:
         False, help="reduce gradients while the backward pass goes on"
     )
     recompute: str = setting(
-        "none", help="activations computed again in the backward pass", choices=("none", "full")
+        "none",
+        help="activations computed again in the backward pass: none, those of"
+        " parallel.recompute_parts, or in full, all but each layer's input",
+        choices=("none", "selective", "full"),
+    )
+    recompute_parts: list[str] = setting(
+        [],
+        help="of parallel.recompute=selective: norms before attention and feed-forward, which cost"
+        " next to nothing; MLA's up-projections with queries, keys and values; dense feed-forwards",
+        choices=RECOMPUTE_PARTS,
     )
 
 

@@ -136,6 +136,13 @@ def _mla_transformer_engine_flag() -> None:
         multi_latent_attention.HAVE_TE = False
 
 
+def _recompute_without_fp8() -> None:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    constructor: Any = CheckpointWithoutOutput.__init__
+    constructor.__defaults__ = (None,)
+
+
 def _weights_only() -> None:
     from .safe_unpickling import force_weights_only
 
@@ -195,6 +202,11 @@ NO_TRANSFORMER_ENGINE_PATCHES = (
         "mla_transformer_engine_flag",
         "multi_latent_attention.HAVE_TE is true without it, and isinstance() meets a mock",
         _mla_transformer_engine_flag,
+    ),
+    Patch(
+        "recompute_without_fp8",
+        "CheckpointWithoutOutput takes any fp8 but None, its own default False too, for fp8",
+        _recompute_without_fp8,
     ),
 )
 

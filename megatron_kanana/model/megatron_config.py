@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_kanana.config import Settings
+from megatron_kanana.config.schema import ParallelSettings
 from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import REFERENCE, Backends
 
@@ -26,7 +27,6 @@ def transformer_config(
         backends: what the model will compute with; fp8 comes with Transformer Engine's layers.
     """
     model, parallel = settings.model, settings.parallel
-    full_recompute = parallel.recompute == "full"
     grouped = model.num_expert_groups > 1
     interleaved = parallel.virtual_pipeline_stages > 1
     return MLATransformerConfig(
@@ -85,9 +85,7 @@ def transformer_config(
         # With two ranks both neighbours are the same process, which would mix up batched messages.
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
-        recompute_granularity="full" if full_recompute else None,
-        recompute_method="uniform" if full_recompute else None,
-        recompute_num_layers=1 if full_recompute else None,
+        **_recompute_options(parallel),
         # Numbers
         bf16=device.dtype == torch.bfloat16,
         params_dtype=device.dtype,
@@ -118,3 +116,21 @@ def _fp8_options(settings: Settings, linear_backend: str) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": precision.bf16_layers_at_start,
         "num_layers_at_end_in_bf16": precision.bf16_layers_at_end,
     }
+
+
+_RECOMPUTE_MODULES = {
+    "norms": "layernorm",
+    "up_projections": "mla_up_proj",
+    "dense_feed_forward": "mlp",
+}
+"""megatron-core's names of `parallel.recompute_parts`."""
+
+
+def _recompute_options(parallel: ParallelSettings) -> dict[str, Any]:
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "full":
+        uniform = {"recompute_method": "uniform", "recompute_num_layers": 1}
+        return {"recompute_granularity": "full", **uniform}
+    modules = [_RECOMPUTE_MODULES[part] for part in parallel.recompute_parts]
+    return {"recompute_granularity": "selective", "recompute_modules": modules}

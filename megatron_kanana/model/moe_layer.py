@@ -40,6 +40,9 @@ class ExpertLayer(MoELayer):
             dispatcher, self.num_local_experts, config, groups, backend
         )
 
+    def set_for_recompute_pre_mlp_layernorm(self) -> None:
+        """Nothing to do under fp8: no layer in here keeps a quantised copy of its input."""
+
     def forward(
         self,
         hidden_states: torch.Tensor,

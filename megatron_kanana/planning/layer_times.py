@@ -101,7 +101,8 @@ def layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
         parts.add(again)
         return parts
     if "up_projections" in recompute:
-        up = [weight for weight in job.architecture.attention() if weight.kind.endswith("_up")]
+        kinds = ("query", "query_up", "key_value_up")
+        up = [weight for weight in job.architecture.attention() if weight.kind in kinds]
         parts["attention projections"] += _products(job, up, forward=True)
     if "dense_feed_forward" in recompute and not is_moe:
         parts["dense feed-forward"] += again["dense feed-forward"]

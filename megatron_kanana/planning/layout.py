@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_kanana.config import Settings
+from megatron_kanana.config.schema import ParallelSettings
 
 from .architecture import Architecture, Weight
 
@@ -72,7 +73,7 @@ class Layout:
             sequence_length=settings.data.sequence_length,
             micro_batch_size=settings.schedule.micro_batch_size,
             global_batch_size=global_batch_size,
-            recompute=frozenset() if parallel.recompute == "none" else frozenset({"full"}),
+            recompute=_recompute(parallel),
             overlaps_gradients=parallel.overlap_gradient_reduction,
             expert_load=expert_load,
         )
@@ -106,6 +107,12 @@ class Layout:
     def has_full_recompute(self) -> bool:
         """Whether whole layers are computed again."""
         return "full" in self.recompute
+
+
+def _recompute(parallel: ParallelSettings) -> frozenset[str]:
+    if parallel.recompute == "selective":
+        return frozenset(parallel.recompute_parts)
+    return frozenset() if parallel.recompute == "none" else frozenset({"full"})
 
 
 @dataclass(frozen=True)

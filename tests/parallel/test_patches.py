@@ -13,6 +13,10 @@ SCRIPT = "tests/parallel/train_without_patch.py"
 # Settings, on two processes, under which these are missed; the others are on one process.
 ONLY_WITH = {
     "tensor_cuda": ("parallel.pipeline_parallel_size=2", "model.num_mtp_layers=1"),
+    "recompute_without_fp8": (
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[norms]",
+    ),
 }
 PATCHES = [patch.name for patch in (*CPU_PATCHES, *NO_TRANSFORMER_ENGINE_PATCHES)]
 
@@ -43,7 +47,7 @@ def go_on_without(
 
 def run_name(patch: str, overrides: tuple[str, ...]) -> str:
     """Name of the run without a patch."""
-    return f"without_{patch}_{len(overrides)}"
+    return f"without_{patch}_{sum(map(len, overrides))}"
 
 
 @pytest.fixture(scope="module")

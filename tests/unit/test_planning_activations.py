@@ -31,6 +31,16 @@ from tests.launch import CONFIG_DIR, run_python
 CASES: dict[str, list[str]] = {
     "recompute none": [],
     "recompute full": ["parallel.recompute=full"],
+    "norms computed again": ["parallel.recompute=selective", "parallel.recompute_parts=[norms]"],
+    "up-projections computed again": [
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[up_projections]",
+    ],
+    "all parts computed again, queries projected directly": [
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[norms,up_projections,dense_feed_forward]",
+        "++model.q_lora_rank=null",
+    ],
     "queries projected directly": ["++model.q_lora_rank=null"],
     "dense layers": ["model.num_dense_layers=4"],
     "no shared experts": ["model.num_shared_experts=0"],
@@ -96,8 +106,11 @@ def norms_of_a_cpu(settings: Settings, layout: Layout) -> float:
     model = settings.model
     layers = 0 if layout.has_full_recompute else model.num_layers + model.num_mtp_layers
     latents = model.kv_lora_rank + (model.q_lora_rank or 0)
-    elements = layers * (2 * model.hidden_size + latents) + model.hidden_size
+    hidden = 0 if "norms" in layout.recompute else 2 * model.hidden_size
+    elements = layers * (hidden + latents) + model.hidden_size
     more = 6.0 * elements
+    if "up_projections" in layout.recompute:  # keys' part of the latents' tensor keeps all of it
+        more += 2.0 * layers * model.kv_lora_rank
     # Two norms and the last one; the input of one of them is kept in bf16 for the output layer too.
     more += model.num_mtp_layers * (6 + 6 + 8) * model.hidden_size
     return more * layout.tokens / layout.tensor

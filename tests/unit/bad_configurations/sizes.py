@@ -19,6 +19,18 @@ SIZES = {
         ("schedule.steps=1.5",), "schedule.steps", "1.5", "give a whole number"
     ),
     "value for a group": Bad(("+model.kv_lora_rank.x=3",), "model.kv_lora_rank", "3", "give"),
+    "parts to compute again that are not": Bad(
+        ("parallel.recompute_parts=[norms]",),
+        "parallel.recompute_parts",
+        "['norms']",
+        "set parallel.recompute=selective",
+    ),
+    "nothing to compute again": Bad(
+        ("parallel.recompute=selective",),
+        "parallel.recompute_parts",
+        "[]",
+        "name some of norms, up_projections",
+    ),
     "negative learning rate": Bad(
         ("optimizer.learning_rate=-1",), "optimizer.learning_rate", "-1.0", "choose above 0"
     ),
