@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.launch import run_python
 
 
 def test_ours_and_megatron_cores_modules_have_the_same_loss_and_gradients(tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "benchmarks.step", "--name", "step", "--output", str(tmp_path)),
+    run = run_python(
+        *("-m", "benchmarks.step", "--name", "step", "--output", str(tmp_path)),
         *("--model", "kanana_2_tiny", "--layers", "3", "--vocabulary", "4096"),
         *("--sequences", "2", "--sequence-length", "64", "--rounds", "2", "--repeats", "1"),
         *("--precisions", "fp32", "--peer-precisions", "fp32", "--compare-gradients"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    )
     assert run.returncode == 0, run.stderr
     card = json.loads((tmp_path / "step.json").read_text())
     values = {row["name"]: row["ours"] for row in card["rows"]}
