@@ -84,7 +84,8 @@ def ours(backend: str, *, weights_are_known: bool = True) -> Losses:
 
     def losses(hidden: Any, weight: Any, labels: Any, weights: Any) -> torch.Tensor:
         known = weights if weights_are_known else None
-        return linear_cross_entropy(hidden, weight, labels, known, backend=backend)
+        result: torch.Tensor = linear_cross_entropy(hidden, weight, labels, known, backend=backend)
+        return result
 
     return losses
 
