@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.multi_gpu import comparison, correctness, speed, train
+from benchmarks.multi_gpu import comparison, correctness, speed
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -50,13 +50,3 @@ def test_a_slice_is_timed_beside_its_peer(tmp_path: Path) -> None:
     assert ours["ratio"] == pytest.approx(ours["ours"] / ours["peer_value"])
     assert "2 processes, ours: all-to-all that is not hidden" in rows
     assert rows["2 processes: all-to-all, as the step sends them"]["ours"] > 0
-
-
-def test_a_training_goes_on_after_a_rank_is_killed(tmp_path: Path) -> None:
-    assert train.main([*card(tmp_path), "--processes=2", "--seconds=240"]) == 0
-    rows = rows_of(tmp_path)
-    assert rows["steps"]["ours"] == train.TINY_STEPS
-    assert 0 < rows["step at which a rank was killed"]["ours"] < train.TINY_STEPS
-    name = "losses of steps done before the kill, and those of the run that went on"
-    assert rows[name]["ours"] == 0.0
-    assert {"card.png", "card.html"} <= {path.name for path in tmp_path.iterdir()}
