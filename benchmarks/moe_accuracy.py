@@ -19,9 +19,10 @@ import torch.nn.functional as F
 
 from .attention_accuracy import summary
 from .card import Row, write_card
+from .megatron_model import CUTLASS
 from .moe_cases import LOADS, Case, Inputs, Weights, random_inputs, random_weights, routing
 from .moe_megatron import MegatronExperts, start_megatron_core
-from .moe_peers import CUTLASS, give_main_grads
+from .moe_peers import give_main_grads
 
 OURS, MEGATRON = "ours", "megatron-core + TE"
 TENSORS = (

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .megatron_model import CUTLASS
 from .moe_cases import Case, Inputs, Weights, compiled_routing
 
 
@@ -204,7 +205,6 @@ MEGATRON = "megatron-core + TE, CUTLASS grouped GEMM"
 MEGATRON_CUBLAS = "megatron-core + TE, cuBLAS streams"
 PLAIN = "plain torch, grouped_mm (no shared experts)"
 SONICMOE = "SonicMoE (no shared experts)"
-CUTLASS = "NVTE_USE_CUTLASS_GROUPED_GEMM"
 
 CONTENDERS = {
     OURS: Contender(functools.partial(OurLayer, shared=True)),

@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 from .card import RESULTS_DIR, Row, write_card
+from .megatron_model import CUTLASS
 from .step_bench import Bench, add_sizes
 from .step_profile import StepProfile, plot_components
 from .step_rows import component_rows, loss_rows, time_rows, verdicts
@@ -43,8 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--profile", type=Path, help="write traces to this folder")
     parser.add_argument("--kernels", action="store_true", help="print each kernel's time")
     options = parser.parse_args(arguments)
-    # Its grouped products on CUTLASS are its fastest; the variable is read when they are built.
-    os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
+    os.environ.setdefault(CUTLASS, "1")
     sizes = JUDGED if options.judged else [(options.sequences, options.sequence_length)]
     bench = Bench(options)
     bench.build()

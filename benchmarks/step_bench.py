@@ -21,7 +21,7 @@ from megatron_kanana.planning.flops import flops_per_token
 
 from .optimizer_step import random_microbatches
 from .several_runs import OneProcess, settings_of
-from .step_models import Contender, SharedParameters, megatron_model, our_model
+from .step_models import Contender, SharedParameters, megatron_contender, our_model
 from .step_profile import StepProfile, profile_steps
 
 OURS = "ours"
@@ -79,7 +79,7 @@ class Bench:
         for precision in options.peer_precisions:
             compute = "fp32" if precision == "fp32" else "bf16"
             settings = partial(settings_of_slice, options, [f"precision={compute}", *options.set])
-            peer = partial(megatron_model, **PEER_RECIPES[precision])
+            peer = partial(megatron_contender, **PEER_RECIPES[precision])
             self._add(f"{MEGATRON}, {precision}", settings, peer)
 
     def _add(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from torch import nn
 
 from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
+
+from .megatron_model import megatron_model
 
 _EXPERT = re.compile(r"(.*\.experts)\.(?:local_experts\.(\d+)\.)?linear_fc([12])\.weight(\d*)$")
 _STACKS = {"1": "gate_up", "2": "down"}
@@ -137,77 +138,7 @@ def our_model(settings: Settings, device: Device) -> Contender:
     return Contender(settings, device, config, chunks)
 
 
-def megatron_model(settings: Settings, device: Device, **changes: Any) -> Contender:
-    """megatron-core's own model: on a GPU Transformer Engine's modules and every fusion.
-
-    Args:
-        changes: to its configuration, such as `fp8="e4m3"`.
-    """
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.module import Float16Module
-    from megatron.core.transformer.moe import moe_utils
-
-    from megatron_kanana.model.attention import core_attention_spec
-    from megatron_kanana.model.megatron_config import transformer_config
-
-    fused = device.is_cuda
-    options = {**(FUSED if fused else UNFUSED), **changes}
-    config = dataclasses.replace(transformer_config(settings, device), **options)
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=fused, normalization="RMSNorm"
-    )
-    if not fused:
-        moe_utils.te_general_gemm = None  # left undefined without Transformer Engine
-        for layer in block.layer_specs:  # whose own attention knows no MLA there
-            attention = layer.submodules.self_attention.submodules
-            attention.core_attention = core_attention_spec("torch", deterministic=False)
-    build = partial(
-        GPTModel,
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=settings.model.padded_vocab_size,
-        max_sequence_length=settings.data.sequence_length,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
-    model = _without_apex(build) if fused else build()
-    model.to(device.torch_device)
-    chunk = Float16Module(config, model) if device.dtype == torch.bfloat16 else model
-    return Contender(settings, device, config, [chunk])
-
-
-FUSED: Mapping[str, Any] = {
-    "rope_type": "yarn",  # the only one whose fused kernel knows MLA; of factor 1 it is plain
-    "apply_rope_fusion": True,
-    "gradient_accumulation_fusion": True,
-    "bias_activation_fusion": True,
-    "bias_dropout_fusion": True,
-    "cross_entropy_loss_fusion": True,
-    "cross_entropy_fusion_impl": "te",
-    "moe_grouped_gemm": True,
-    "moe_permute_fusion": True,
-    "moe_router_fusion": True,
-    "moe_token_dispatcher_type": "alltoall",
-}
-"""megatron-core's fusions, with which it was fastest."""
-
-UNFUSED: Mapping[str, Any] = {
-    "moe_token_dispatcher_type": "allgather",  # the other one makes CUDA streams
-}
-"""What it has without Transformer Engine, for machines without a GPU."""
-
-
-def _without_apex(build: Any) -> Any:
-    """Build with fused weight gradients, which without Apex the output layer alone refuses."""
-    from megatron.core.tensor_parallel import layers
-
-    available = layers._grad_accum_fusion_available
-    layers._grad_accum_fusion_available = True
-    try:
-        model = build()
-    finally:
-        layers._grad_accum_fusion_available = available
-    if not available:
-        model.output_layer.gradient_accumulation_fusion = False
-    return model
+def megatron_contender(settings: Settings, device: Device, **changes: Any) -> Contender:
+    """megatron-core's own modules; `changes` to its configuration, such as `fp8="e4m3"`."""
+    config, model = megatron_model(settings, device, **changes)
+    return Contender(settings, device, config, [model])

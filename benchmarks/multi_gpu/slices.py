@@ -17,7 +17,12 @@ import torch.distributed as dist
 from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
 
-from .peer import CUTLASS, MICROBATCHES, SHARED_EXPERTS, peer_model
+from ..megatron_model import CUTLASS, megatron_model
+
+SHARED_EXPERTS = {"moe_shared_expert_overlap": True}
+"""megatron-core's shared experts compute while tokens travel."""
+MICROBATCHES = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
+"""One of its microbatches computes while another one's tokens travel."""
 
 OURS = "ours"
 PEER = "megatron-core + TE"
@@ -112,7 +117,7 @@ def build_slice(name: str, settings: Settings, device: Device, microbatches: int
         config, chunks = our_model(settings, device)
     else:
         changes = {PEER_SHARED: SHARED_EXPERTS, PEER_MICROBATCHES: MICROBATCHES}.get(name, {})
-        config, model = peer_model(settings, device, **changes)
+        config, model = megatron_model(settings, device, **changes)
         chunks, environment = [model], {CUTLASS: "1"}
         kind = PlannedSlice if name == PEER_MICROBATCHES else Slice
     wrapped = wrap_data_parallel(chunks, settings)

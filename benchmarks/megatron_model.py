@@ -1,4 +1,4 @@
-"""What a user would pick instead: megatron-core's own model with Transformer Engine."""
+"""What a user would pick instead: megatron-core's own model, with Transformer Engine on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
 
 CUTLASS = "NVTE_USE_CUTLASS_GROUPED_GEMM"
-"""Variable with which Transformer Engine computes all experts in one launch."""
+"""Variable with which Transformer Engine computes all experts in one launch, its fastest way."""
 
 FUSED: Mapping[str, Any] = {
     "rope_type": "yarn",  # the only one whose fused kernel knows MLA; of factor 1 it is plain
@@ -30,23 +30,20 @@ FUSED: Mapping[str, Any] = {
     "moe_router_fusion": True,
     "moe_token_dispatcher_type": "alltoall",
 }
+"""megatron-core's fusions, with which it was fastest."""
+
 ON_CPU: Mapping[str, Any] = {"moe_token_dispatcher_type": "allgather"}
 """Its all-to-all makes CUDA streams."""
 
-SHARED_EXPERTS = {"moe_shared_expert_overlap": True}
-"""Shared experts compute while tokens travel."""
-MICROBATCHES = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
-"""One microbatch computes while another one's tokens travel."""
 
-
-def peer_model(settings: Settings, device: Device, **changes: Any) -> tuple[Any, nn.Module]:
+def megatron_model(settings: Settings, device: Device, **changes: Any) -> tuple[Any, nn.Module]:
     """Its configuration, and the model of this process with random weights.
 
     Args:
         settings: of ours.
-        device: where it computes; without Transformer Engine on a CPU, with our attention, as its
-            own knows no MLA there.
-        changes: of the configuration, such as SHARED_EXPERTS.
+        device: where it computes; on a CPU without Transformer Engine and its fusions, and with our
+            attention, as its own knows no MLA there.
+        changes: of the configuration on a GPU, such as `fp8="e4m3"`.
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -57,7 +54,7 @@ def peer_model(settings: Settings, device: Device, **changes: Any) -> tuple[Any,
     from megatron_kanana.model.megatron_config import transformer_config
 
     fused = device.is_cuda
-    options = {**(FUSED if fused else ON_CPU), **(changes if fused else {})}
+    options = {**FUSED, **changes} if fused else ON_CPU
     config = dataclasses.replace(transformer_config(settings, device), **options)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=fused, normalization="RMSNorm")
     if not fused:
@@ -66,7 +63,7 @@ def peer_model(settings: Settings, device: Device, **changes: Any) -> tuple[Any,
         for layer in spec.layer_specs:
             attention = layer.submodules.self_attention.submodules
             attention.core_attention = core_attention_spec("torch", deterministic=False)
-    with _fused_head() if fused else contextlib.nullcontext():
+    with _without_apex():
         model = GPTModel(
             config=config,
             transformer_layer_spec=spec,
@@ -80,16 +77,21 @@ def peer_model(settings: Settings, device: Device, **changes: Any) -> tuple[Any,
 
 
 @contextlib.contextmanager
-def _fused_head() -> Iterator[None]:
-    """Build the output layer without Apex: its weight gradient alone is then not fused."""
+def _without_apex() -> Iterator[None]:
+    """Build an output layer without Apex: its weight gradient alone is then not fused."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 
-    with mock.patch.object(layers, "_grad_accum_fusion_available", True):
-        original = ColumnParallelLinear.__init__
+    if layers._grad_accum_fusion_available:
+        yield
+        return
+    original = ColumnParallelLinear.__init__
 
-        def build(self: Any, *arguments: Any, **named: Any) -> None:
-            original(self, *arguments, **named)
-            self.gradient_accumulation_fusion = False
+    def build(self: Any, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        self.gradient_accumulation_fusion = False
 
-        with mock.patch.object(ColumnParallelLinear, "__init__", build):
-            yield
+    with (
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
+        mock.patch.object(ColumnParallelLinear, "__init__", build),
+    ):
+        yield
