@@ -89,11 +89,19 @@ def prepare(
 
 
 def launch_environment(cluster: ClusterSettings, here: Environment) -> Environment:
-    """What the processes will find, on this machine or on the nodes asked for."""
+    """What the processes will find, on this machine or on the nodes asked for.
+
+    Of the nodes' GPUs nothing is known here, nor of what is installed in a container: it is taken
+    to fit, and each process looks again when it starts.
+    """
     gpus = cluster.gpus_per_node
     if gpus is None:
         gpus = here.cuda_device_count
     launch = dataclasses.replace(cluster, gpus_per_node=gpus)
+    if cluster.kind == "slurm":
+        here = dataclasses.replace(here, gpu_name=None, compute_capability=None)
+        if cluster.container_image is not None:
+            here = Environment(gpu_name=None, compute_capability=None)
     return dataclasses.replace(
         here,
         rank=0,

@@ -22,7 +22,7 @@ from megatron_kanana.cluster.nodes import (
     rounds,
 )
 from megatron_kanana.cluster.submit import Submission, launch_environment, prepare
-from megatron_kanana.config import ConfigurationError, Environment
+from megatron_kanana.config import ConfigurationError, Environment, load_settings
 from megatron_kanana.config.cluster_settings import ClusterSettings
 from megatron_kanana.config.exit_status import SAVED_FOR_ANOTHER_START
 
@@ -158,6 +158,25 @@ def test_processes_of_a_launch(cluster: ClusterSettings, world_size: int, gpus: 
     launch = launch_environment(cluster, Environment(cuda_device_count=2))
     assert (launch.world_size, launch.cuda_device_count) == (world_size, gpus)
     assert launch.local_world_size * cluster.nodes == world_size
+
+
+def test_fp8_is_submitted_from_where_neither_its_gpu_nor_its_software_is() -> None:
+    """A run of two nodes in a container, from a login node of another GPU with nothing installed."""
+    login = Environment(
+        cuda_device_count=1,
+        gpu_name="NVIDIA A100",
+        compute_capability=(8, 0),
+        transformer_engine_version=None,
+    )
+    in_image = ClusterSettings(kind="slurm", nodes=2, gpus_per_node=8, container_image="any.sqsh")
+    words = ["precision=fp8_blockwise", "schedule.global_batch_size=128"]
+    load_settings(words, launch_environment(in_image, login), with_files=False)
+
+    without_image = dataclasses.replace(in_image, container_image=None)
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(words, launch_environment(without_image, login), with_files=False)
+    assert {problem.setting for problem in refused.value.problems} == {"precision.fp8"}
+    assert "transformer-engine" in str(refused.value)  # and not the GPU here
 
 
 def test_local_script_runs_the_job_and_passes_its_status_on(tmp_path: Path) -> None:
