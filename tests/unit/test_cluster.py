@@ -161,7 +161,7 @@ def test_processes_of_a_launch(cluster: ClusterSettings, world_size: int, gpus: 
 
 
 def test_fp8_is_submitted_from_where_neither_its_gpu_nor_its_software_is() -> None:
-    """A run of two nodes in a container, from a login node of another GPU with nothing installed."""
+    """Two nodes in a container are asked for on a login node of another GPU, nothing installed."""
     login = Environment(
         cuda_device_count=1,
         gpu_name="NVIDIA A100",
