@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -383,5 +382,4 @@ def readers(folder: Path) -> dict[str, Reader]:
             error=ConfigurationError,
         ),
     }
-    logging.getLogger("megatron_kanana").setLevel(logging.ERROR)
     return found
