@@ -11,14 +11,6 @@ from megatron_kanana.kernels.linear_cross_entropy.backend import choose_loss_bac
 MODULE = "megatron_kanana.kernels.linear_cross_entropy.backend"
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this machine had a Hopper GPU and the operations were compiled for it."""
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(f"{MODULE}.has_operation_for", lambda *_: True)
-
-
 def test_auto_takes_the_compiled_operations_where_they_run(
     hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -30,14 +30,6 @@ def choice(requested: str, device_type: str, **options: Any) -> str:
     return choose_moe_backend(requested, device_type, dtype=dtype, sizes=sizes)
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this machine had a Hopper GPU and the operations were compiled for it."""
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(f"{MODULE}.has_operation_for", lambda *_: True)
-
-
 def test_auto_takes_the_compiled_operations_where_they_run(
     hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
