@@ -126,14 +126,10 @@ def _collect(parameter: torch.Tensor) -> None:
 
 def our_model(settings: Settings, device: Device) -> Contender:
     """Ours, with weights drawn from the seed."""
-    from megatron_kanana.model.builder import build_model
-    from megatron_kanana.model.megatron_config import transformer_config
     from megatron_kanana.optimizer.build import add_weight_gradients_in_place
-    from megatron_kanana.training.run import choose_backends
+    from megatron_kanana.training.run import build_chunks
 
-    backends = choose_backends(settings, device)
-    config = transformer_config(settings, device, backends)
-    chunks = build_model(settings, config, device, backends)
+    config, chunks = build_chunks(settings, device)
     add_weight_gradients_in_place(chunks)
     return Contender(settings, device, config, chunks)
 

@@ -110,11 +110,12 @@ def build_slice(name: str, settings: Settings, device: Device, microbatches: int
     """
     from benchmarks.optimizer_step import random_microbatches
     from megatron_kanana.optimizer.build import wrap_data_parallel
+    from megatron_kanana.training.run import build_chunks
 
     kind: type[Slice] = Slice
     environment: Mapping[str, str] = {}
     if name == OURS:
-        config, chunks = our_model(settings, device)
+        config, chunks = build_chunks(settings, device)
     else:
         changes = {PEER_SHARED: SHARED_EXPERTS, PEER_MICROBATCHES: MICROBATCHES}.get(name, {})
         config, model = megatron_model(settings, device, **changes)
@@ -124,17 +125,6 @@ def build_slice(name: str, settings: Settings, device: Device, microbatches: int
     own_tokens = dataclasses.replace(settings, seed=settings.seed + dist.get_rank())
     iterator = random_microbatches(own_tokens)
     return kind(settings, device, config, wrapped, microbatches, iterator, environment)
-
-
-def our_model(settings: Settings, device: Device) -> tuple[Any, list[Any]]:
-    """Configuration, and the model with the kernels that the settings choose."""
-    from megatron_kanana.model.builder import build_model
-    from megatron_kanana.model.megatron_config import transformer_config
-    from megatron_kanana.training.run import choose_backends
-
-    backends = choose_backends(settings, device)
-    config = transformer_config(settings, device, backends)
-    return config, build_model(settings, config, device, backends)
 
 
 def update_of(ours: Slice) -> Callable[[], None]:

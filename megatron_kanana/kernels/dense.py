@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
+from .choice import backend_or_torch
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,14 +27,13 @@ def choose_linear_backend(
     Raises:
         RuntimeError: what was asked for cannot be used here.
     """
-    error = _transformer_engine_error(device_type, dtype)
-    if requested == "te" and error is not None:
-        raise RuntimeError(f"kernels.linear_backend = te: {error}; or set it to auto")
-    if requested == "auto":
-        backend = "te" if error is None else "torch"
-        reason = error or "transformer-engine found"
-    else:
-        backend, reason = requested, "asked for by kernels.linear_backend"
+    backend, reason = backend_or_torch(
+        "kernels.linear_backend",
+        requested,
+        "te",
+        "transformer-engine found",
+        lambda: _transformer_engine_error(device_type, dtype),
+    )
     form = str(dtype).removeprefix("torch.")
     if fp8 == "none":
         said = f"in {form}"
@@ -60,13 +61,13 @@ def choose_rope_backend(
     Raises:
         RuntimeError: what was asked for cannot be used here.
     """
-    error = _triton_error(device_type, dtype, limits_passed)
-    if requested == "triton" and error is not None:
-        raise RuntimeError(f"kernels.rope_backend = triton: {error}; or set it to auto")
-    if requested == "auto":
-        backend, reason = ("triton", "triton found") if error is None else ("torch", error)
-    else:
-        backend, reason = requested, "asked for by kernels.rope_backend"
+    backend, reason = backend_or_torch(
+        "kernels.rope_backend",
+        requested,
+        "triton",
+        "triton found",
+        lambda: _triton_error(device_type, dtype, limits_passed),
+    )
     logger.info("rotary embeddings: %s (%s)", backend, reason)
     return backend
 

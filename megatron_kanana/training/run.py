@@ -141,10 +141,15 @@ def build_bare_model(settings: Settings, device: Device) -> Model:
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
     tokenizer = prepare_tokenizer(settings)
+    config, chunks = build_chunks(settings, device)
+    return Model(settings, device, config, chunks, tokenizer)
+
+
+def build_chunks(settings: Settings, device: Device) -> tuple[MLATransformerConfig, list[Any]]:
+    """The initialised model chunks with the backends that the settings choose here."""
     backends = choose_backends(settings, device)
     config = transformer_config(settings, device, backends)
-    chunks = build_model(settings, config, device, backends)
-    return Model(settings, device, config, chunks, tokenizer)
+    return config, build_model(settings, config, device, backends)
 
 
 def choose_backends(settings: Settings, device: Device) -> Backends:

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from ..choice import backend_or_torch
 from ..native import has_operation_for, native_library_error
 
 logger = logging.getLogger(__name__)
@@ -21,15 +22,13 @@ def choose_loss_backend(requested: str, device_type: str) -> str:
     Raises:
         RuntimeError: what was asked for cannot be used here.
     """
-    if requested == "torch":
-        backend, reason = requested, "asked for by kernels.loss_backend"
-    else:
-        error = _csrc_error(device_type)
-        if requested == "csrc" and error is not None:
-            raise RuntimeError(f"kernels.loss_backend = csrc: {error}; or set it to auto")
-        backend = "csrc" if error is None else "torch"
-        found = "compiled operations found"
-        reason = error or (found if requested == "auto" else "asked for by kernels.loss_backend")
+    backend, reason = backend_or_torch(
+        "kernels.loss_backend",
+        requested,
+        "csrc",
+        "compiled operations found",
+        lambda: _csrc_error(device_type),
+    )
     logger.info("kernels of the loss: %s (%s)", backend, reason)
     return backend
 

@@ -29,12 +29,20 @@ def losses_alone(
     labels_T: torch.Tensor,
 ) -> torch.Tensor:
     """Losses without gradients, fp32 [T]."""
-    hidden_states_TD = vocabulary.gather(hidden_states_TD)
+    return _losses(
+        _statistics(vocabulary, vocabulary.gather(hidden_states_TD), weight_VD, labels_T)
+    )
+
+
+def _statistics(
+    vocabulary: Vocabulary, all_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
+) -> torch.Tensor:
+    """Of all tokens, a chunk at a time, fp32 [3, T]."""
     parts = []
     for chunk in vocabulary.chunks(weight_VD, len(labels_T)):
-        logits_CV = vocabulary.logits(hidden_states_TD[chunk], weight_VD)
-        parts.append(_losses(vocabulary.statistics(logits_CV, weight_VD, labels_T[chunk])))
-    return torch.cat(parts)
+        logits_CV = vocabulary.logits(all_TD[chunk], weight_VD)
+        parts.append(vocabulary.statistics(logits_CV, weight_VD, labels_T[chunk]))
+    return torch.cat(parts, dim=1)
 
 
 def _losses(statistics_3T: torch.Tensor) -> torch.Tensor:
@@ -65,11 +73,7 @@ class LaterGradients(torch.autograd.Function):
             logits_TV = vocabulary.logits(all_TD, weight_VD)
             statistics_3T = vocabulary.statistics(logits_TV, weight_VD, labels_T)
         else:
-            parts = []
-            for chunk in vocabulary.chunks(weight_VD, len(labels_T)):
-                logits_CV = vocabulary.logits(all_TD[chunk], weight_VD)
-                parts.append(vocabulary.statistics(logits_CV, weight_VD, labels_T[chunk]))
-            statistics_3T = torch.cat(parts, dim=1)
+            statistics_3T = _statistics(vocabulary, all_TD, weight_VD, labels_T)
         ctx.save_for_backward(hidden_states_TD, weight_VD, labels_T, statistics_3T, logits_TV)
         # What activation recompute gives back has lost `main_grad`.
         ctx.vocabulary, ctx.parameter = vocabulary, weight_VD

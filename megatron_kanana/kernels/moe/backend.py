@@ -8,6 +8,7 @@ import torch
 
 from megatron_kanana.native_library import ExpertLayerSizes
 
+from ..choice import backend_or_torch
 from ..native import has_operation_for, native_library_error
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,13 @@ def choose_moe_backend(
     Raises:
         RuntimeError: what was asked for cannot be used here.
     """
-    if requested == "torch":
-        backend, reason = requested, "asked for by kernels.moe_backend"
-    else:
-        error = _csrc_error(device_type, dtype, sizes)
-        if requested == "csrc" and error is not None:
-            raise RuntimeError(f"kernels.moe_backend = csrc: {error}; or set it to auto")
-        backend = "csrc" if error is None else "torch"
-        found = "compiled operations found"
-        reason = error or (found if requested == "auto" else "asked for by kernels.moe_backend")
+    backend, reason = backend_or_torch(
+        "kernels.moe_backend",
+        requested,
+        "csrc",
+        "compiled operations found",
+        lambda: _csrc_error(device_type, dtype, sizes),
+    )
     logger.info("kernels of the experts: %s (%s)", backend, reason)
     return backend
 
