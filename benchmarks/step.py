@@ -68,9 +68,11 @@ def measure(
     bench: Bench, sequences: int, length: int, options: argparse.Namespace
 ) -> tuple[list[Row], list[str]]:
     """Everything about steps of one size, and notes on it."""
-    bench.set_size(sequences, length)
-    label = f"{sequences} x {length}"
     first_notes = len(bench.notes)
+    bench.set_size(sequences, length)
+    if not bench.contenders:
+        return [], bench.notes[first_notes:]
+    label = f"{sequences} x {length}"
     losses = bench.losses()
     memory = bench.activation_memory()
     times = bench.times(options.rounds, options.repeats)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from megatron_kanana.config import Settings
-from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
 from megatron_kanana.planning.architecture import Architecture
 from megatron_kanana.planning.flops import flops_per_token
 
@@ -101,10 +99,10 @@ class Bench:
         self.contenders[name] = contender
         release_memory()
 
-    def _leave_out(self, name: str, error: Exception) -> None:
+    def _leave_out(self, name: str, error: Exception, size: str = "") -> None:
         self.contenders.pop(name, None)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self.notes.append(f"not run: {name}: {reason[:400]}")
+        self.notes.append(f"not run: {name}{size}: {reason[:400]}")
         print(self.notes[-1], flush=True)
         release_memory()
 
@@ -126,8 +124,7 @@ class Bench:
                     self._step(name)
                 synchronize()
             except Exception as error:  # such as a size that does not fit beside the others
-                self._leave_out(f"{name}, {sequences} x {length}", error)
-                self.contenders.pop(name)
+                self._leave_out(name, error, f", {sequences} x {length}")
 
     def losses(self) -> dict[str, float]:
         """Each contender's loss of the same microbatch."""
@@ -226,20 +223,16 @@ class Bench:
 
 def settings_of_slice(options: argparse.Namespace, more: list[str]) -> Settings:
     """Settings of the first layers of a model, with the whole vocabulary."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = builtin_data(Path(folder), BUILTIN_VOCABULARY)
-        prepare_builtin_data(tokenizer, BUILTIN_VOCABULARY)
-        settings = settings_of(
-            [
-                *(f"model={options.model}", f"model.num_layers={options.layers}"),
-                f"model.vocab_size={BUILTIN_VOCABULARY}",
-                f"data.cache_dir={folder}",
-                f"data.sequence_length={options.sequence_length}",
-                f"schedule.micro_batch_size={options.sequences}",
-                f"schedule.global_batch_size={options.sequences}",
-                *more,
-            ]
-        )
+    settings = settings_of(
+        [
+            *(f"model={options.model}", f"model.num_layers={options.layers}"),
+            f"model.vocab_size={BUILTIN_VOCABULARY}",
+            f"data.sequence_length={options.sequence_length}",
+            f"schedule.micro_batch_size={options.sequences}",
+            f"schedule.global_batch_size={options.sequences}",
+            *more,
+        ]
+    )
     settings.model.vocab_size = options.vocabulary  # the tokens are random
     return settings
 
