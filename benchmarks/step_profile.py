@@ -54,27 +54,34 @@ def profile_steps(
 ) -> StepProfile:
     """Profile steps that follow each other without a wait of the host.
 
+    The host's operations are recorded for the trace alone, as that takes the host's time.
+
     Args:
         trace: write a trace for chrome://tracing or ui.perfetto.dev there.
         table: print each kernel's time.
     """
-    step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(trace))
+        _record(step, steps, ProfilerActivity.CPU).export_chrome_trace(str(trace))
     events = [
         (event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events()
+        for event in _record(step, steps).events()
         if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
     if table:
         print(kernel_table(events, steps), flush=True)
     return summarize(events, steps)
+
+
+def _record(step: Callable[[], object], steps: int, *more: ProfilerActivity) -> profile:
+    step()
+    torch.cuda.synchronize()
+    profiler: profile
+    with profile(activities=[ProfilerActivity.CUDA, *more]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    return profiler
 
 
 def summarize(events: Sequence[tuple[str, float, float]], steps: int) -> StepProfile:
