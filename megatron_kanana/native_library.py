@@ -15,6 +15,9 @@ HOPPER_ATTENTION_WIDTHS = ((192, 128), (128, 128), (64, 64))
 HOPPER_EXPERT_WIDTH_UNIT = 64
 """The CUDA kernels of experts take hidden sizes and widths that are multiples of it; bf16 only."""
 
+HOPPER_FP8_EXPERT_WIDTH_UNIT = 128
+"""The same in fp8, where blocks of as many numbers have a scale (csrc/kernels/fp8_experts.h)."""
+
 HOPPER_MAX_EXPERTS = 512
 HOPPER_MAX_EXPERTS_OF_A_TOKEN = 32
 HOPPER_MAX_EXPERT_GROUPS = 32
@@ -33,6 +36,7 @@ class ExpertLayerSizes:
     Attributes:
         hidden_size: width of the residual stream.
         width: of an expert, of its part on a process under expert tensor parallelism.
+        shared_width: of the shared experts together, of a process's part; 0 without them.
         num_experts: of all processes.
         num_experts_per_token: that each token visits.
         num_groups: that the experts are dealt into.
@@ -40,6 +44,7 @@ class ExpertLayerSizes:
 
     hidden_size: int
     width: int
+    shared_width: int
     num_experts: int
     num_experts_per_token: int
     num_groups: int
@@ -58,3 +63,12 @@ class ExpertLayerSizes:
         ):
             if number > limit:
                 yield f"at most {limit} {what}, not {number}"
+
+    def hopper_fp8_limits_passed(self) -> Iterator[str]:
+        """What the CUDA kernels of experts in fp8 do not take, in words."""
+        unit = HOPPER_FP8_EXPERT_WIDTH_UNIT
+        if self.hidden_size % unit or self.width % unit or self.shared_width % unit:
+            yield (
+                f"multiples of {unit} in fp8, not a hidden size of {self.hidden_size}, experts "
+                f"{self.width} wide and shared experts {self.shared_width} wide"
+            )

@@ -235,12 +235,10 @@ __device__ void multiply_tiles(const typename Matmul::Arguments& arguments,
   epilogue.end();
 }
 
+// Barriers and numbers of tiles; all threads synchronise in it.
 template <class Matmul>
-__global__ void __launch_bounds__(Matmul::kThreads, 1)
-    row_matmul_kernel(const __grid_constant__ typename Matmul::Arguments arguments) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<typename Matmul::Shared*>(memory);
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
+__device__ __forceinline__ void prepare_row_matmul(const typename Matmul::Arguments& arguments,
+                                                   typename Matmul::Shared& shared) {
   if (threadIdx.x < kWarp) {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < Matmul::kStages; ++stage) {
@@ -253,13 +251,29 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
     count_row_tiles(arguments.groups, shared.first_tile);
   }
   __syncthreads();
+}
+
+// By the first warpgroup.
+template <class Matmul>
+__device__ __forceinline__ void load_row_matmul(const typename Matmul::Arguments& arguments,
+                                                typename Matmul::Shared& shared) {
+  if constexpr (Matmul::kGather) {
+    gather_tiles<Matmul>(arguments, shared);
+  } else if (threadIdx.x < kWarp) {
+    load_tiles<Matmul>(arguments, shared);
+  }
+}
+
+template <class Matmul>
+__global__ void __launch_bounds__(Matmul::kThreads, 1)
+    row_matmul_kernel(const __grid_constant__ typename Matmul::Arguments arguments) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& shared = *reinterpret_cast<typename Matmul::Shared*>(memory);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
+  prepare_row_matmul<Matmul>(arguments, shared);
   if (warpgroup == 0) {
     give_registers<40>();
-    if constexpr (Matmul::kGather) {
-      gather_tiles<Matmul>(arguments, shared);
-    } else if (threadIdx.x < kWarp) {
-      load_tiles<Matmul>(arguments, shared);
-    }
+    load_row_matmul<Matmul>(arguments, shared);
   } else {
     take_registers<232>();
     multiply_tiles<Matmul>(arguments, shared, warpgroup - 1);

@@ -42,11 +42,18 @@ class StagedRows {
   // Writes an accumulator of 64 columns as bf16 and starts its store.
   __device__ __forceinline__ void store(const uint32_t (&packed)[4][4], const StoredRows& rows,
                                         int column, int first_row, int valid_rows) {
+    store([&](uint32_t tile) { stage_tile(tile, packed); }, rows, column, first_row, valid_rows);
+  }
+
+  // The same of what `write` puts at an address.
+  template <class Write>
+  __device__ __forceinline__ void store(const Write& write, const StoredRows& rows, int column,
+                                        int first_row, int valid_rows) {
     const bool leader = threadIdx.x % kWarpgroup == 0;
     uint8_t* buffer = buffers_[turn_];
     if (leader) bulk_wait_read<1>();
     named_sync(named_barrier_, kWarpgroup);
-    stage_tile(shared_address(buffer), packed);
+    write(shared_address(buffer));
     fence_shared_for_async();
     named_sync(named_barrier_, kWarpgroup);
     if (leader) {

@@ -153,6 +153,18 @@ __device__ __forceinline__ void wgmma(float (&d)[kHalf], const uint32_t (&a)[4],
   }
 }
 
+// D[64, 128] (+)= A[64, 32] B[32, 128], e4m3 in, both row-major in shared memory. The sums have 14
+// bits or so: they are to be added to fp32 ones now and then.
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint64_t a, uint64_t b,
+                                           bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" REGISTERS_0 ", " REGISTERS_1
+      ", " REGISTERS_2 ", " REGISTERS_3 "}, %64, %65, accumulate, 1, 1;\n}\n"
+      : IN_OUT_128
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
 #undef WGMMA_SHARED
 #undef WGMMA_REGISTERS
 #undef REGISTERS_0

@@ -142,17 +142,17 @@ inline at::ScalarType check_hidden_states(const at::Tensor& hidden_states) {
   return dtype;
 }
 
-inline ExpertsSizes check_experts_forward(const at::Tensor& hidden_states,
-                                          const at::Tensor& weights, const at::Tensor& offsets,
-                                          const at::Tensor& slot_of_row,
-                                          const at::Tensor& row_of_slot, const at::Tensor& gate_up,
-                                          const at::Tensor& down) {
-  const at::ScalarType dtype = check_hidden_states(hidden_states);
+// Hidden states, and the rows of a permutation of their slots to `experts` of `width`.
+inline ExpertsSizes check_expert_rows(const at::Tensor& hidden_states, const at::Tensor& weights,
+                                      const at::Tensor& offsets, const at::Tensor& slot_of_row,
+                                      const at::Tensor& row_of_slot, int64_t experts,
+                                      int64_t width) {
+  check_hidden_states(hidden_states);
   check_moe_dimensions(weights, "weights", 2, "[tokens, experts a token]");
   check_moe_dimensions(slot_of_row, "slot_of_row", 1, "[rows]");
-  check_moe_dimensions(down, "down", 3, "[experts, hidden size, width]");
-  const ExpertsSizes sizes = {hidden_states.size(0), weights.size(1),       slot_of_row.size(0),
-                              down.size(0),          hidden_states.size(1), down.size(2)};
+  const ExpertsSizes sizes = {hidden_states.size(0), weights.size(1),
+                              slot_of_row.size(0),   experts,
+                              hidden_states.size(1), width};
   const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
                          at::ScalarType wanted) {
     check_moe_tensor(tensor, name, shape, wanted, hidden_states, "hidden_states");
@@ -163,10 +163,24 @@ inline ExpertsSizes check_experts_forward(const at::Tensor& hidden_states,
   check(weights, "weights", {sizes.tokens, sizes.slots}, at::kFloat);
   check(slot_of_row, "slot_of_row", {sizes.rows}, at::kInt);
   check(row_of_slot, "row_of_slot", {sizes.tokens, sizes.slots}, at::kInt);
-  check(down, "down", {sizes.experts, sizes.hidden, sizes.width}, dtype);
-  check(gate_up, "gate_up", {sizes.experts, 2 * sizes.width, sizes.hidden}, dtype);
-  TORCH_CHECK(down.numel() > 0, "down must not be empty, got shape ", down.sizes());
   check(offsets, "offsets", {sizes.experts + 1}, at::kInt);
+  return sizes;
+}
+
+inline ExpertsSizes check_experts_forward(const at::Tensor& hidden_states,
+                                          const at::Tensor& weights, const at::Tensor& offsets,
+                                          const at::Tensor& slot_of_row,
+                                          const at::Tensor& row_of_slot, const at::Tensor& gate_up,
+                                          const at::Tensor& down) {
+  const at::ScalarType dtype = check_hidden_states(hidden_states);
+  check_moe_dimensions(down, "down", 3, "[experts, hidden size, width]");
+  const ExpertsSizes sizes = check_expert_rows(hidden_states, weights, offsets, slot_of_row,
+                                               row_of_slot, down.size(0), down.size(2));
+  check_moe_tensor(down, "down", {sizes.experts, sizes.hidden, sizes.width}, dtype, hidden_states,
+                   "hidden_states");
+  check_moe_tensor(gate_up, "gate_up", {sizes.experts, 2 * sizes.width, sizes.hidden}, dtype,
+                   hidden_states, "hidden_states");
+  TORCH_CHECK(down.numel() > 0, "down must not be empty, got shape ", down.sizes());
   return sizes;
 }
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from .environment import Environment, resolve_device, resolve_fp8, resolve_precision
+from .expert_sizes import expert_layer_sizes
 from .precision_settings import FP8_RECIPES, Fp8Recipe
 from .problems import Problem
 from .schema import Settings
@@ -15,6 +16,8 @@ def check_precision(settings: Settings, environment: Environment) -> Iterator[Pr
     """`precision.fp8` is for this machine, this model and this layout; a CPU leaves it out."""
     device = resolve_device(settings.device, environment)
     fp8 = resolve_fp8(settings.precision.fp8, device)
+    if settings.precision.experts == "fp8":
+        yield from _check_experts(settings, environment)
     if fp8 == "none":
         return
     recipe = FP8_RECIPES[fp8]
@@ -29,6 +32,30 @@ def check_precision(settings: Settings, environment: Environment) -> Iterator[Pr
     yield from _check_software(fp8, recipe, environment)
     yield from _check_sizes(fp8, recipe, settings)
     yield from _check_bf16_layers(settings)
+
+
+def _check_experts(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """`precision.experts` = fp8 has kernels."""
+    remedy = "set precision.experts=auto or bf16"
+
+    def problem(reason: str, remedy: str = remedy) -> Problem:
+        return Problem("precision.experts", "fp8", reason, remedy)
+
+    fp8 = settings.precision.fp8
+    if fp8 != "blockwise":
+        yield problem(
+            f"needs precision.fp8 = blockwise, and it is {fp8}",
+            f"set precision=fp8_blockwise, or {remedy}",
+        )
+    if resolve_device(settings.device, environment) == "cpu":
+        return
+    if settings.kernels.moe_backend == "torch":
+        yield problem("kernels.moe_backend = torch has no fp8", f"choose csrc, or {remedy}")
+    found = environment.compute_capability
+    if found is not None and found != (9, 0):
+        yield problem(f"needs a Hopper GPU; {environment.gpu_name} is none")
+    for limit in expert_layer_sizes(settings).hopper_fp8_limits_passed():
+        yield problem(f"on CUDA it takes {limit}")
 
 
 def _check_machine(fp8: str, recipe: Fp8Recipe, environment: Environment) -> Iterator[Problem]:

@@ -25,6 +25,7 @@ class Backends:
         linear: of the dense linear layers, 'te' or 'torch'.
         rope: of rotary embeddings, 'triton' or 'torch'.
         loss: of `kernels.linear_cross_entropy`.
+        experts_fp8: whether experts are computed in fp8 (`kernels.moe.fp8`).
     """
 
     attention: str
@@ -32,6 +33,7 @@ class Backends:
     linear: str = "torch"
     rope: str = "torch"
     loss: str = "torch"
+    experts_fp8: bool = False
 
 
 REFERENCE = Backends(attention="torch", experts="torch")

@@ -15,7 +15,12 @@ from megatron_kanana.kernels.backend import Backends
 
 from .attention import core_attention_spec
 from .initialization import initialize_weights
-from .layer_spec import block_spec, expert_layer_spec, multi_token_prediction_spec
+from .layer_spec import (
+    ExpertLayerSpec,
+    block_spec,
+    expert_layer_spec,
+    multi_token_prediction_spec,
+)
 from .linear_layers import linear_layers, mark_whole_layers
 from .linear_loss import LinearLossGPTModel
 from .multi_token import MultiTokenGPTModel
@@ -57,12 +62,18 @@ def gpt_model(
     """megatron-core's GPTModel with the project's layers; weights are megatron-core's."""
     model_class = MultiTokenGPTModel if settings.model.num_mtp_layers else LinearLossGPTModel
     attention = core_attention_spec(backends.attention, settings.kernels.deterministic)
-    experts = expert_layer_spec(settings.parallel.token_dispatcher, backends.experts)
+
+    def experts(in_bf16: bool) -> ExpertLayerSpec:
+        fp8 = backends.experts_fp8 and not in_bf16
+        return expert_layer_spec(settings.parallel.token_dispatcher, backends.experts, fp8=fp8)
+
     linear = linear_layers(backends.linear)
     return model_class(
         config=config,
         transformer_layer_spec=block_spec(config, attention, experts, linear, vp_stage),
-        mtp_block_spec=multi_token_prediction_spec(config, attention, experts, linear, vp_stage),
+        mtp_block_spec=multi_token_prediction_spec(
+            config, attention, experts(False), linear, vp_stage
+        ),
         vocab_size=settings.model.padded_vocab_size,
         max_sequence_length=settings.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -15,8 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_kanana.kernels.moe import Permutation, routed_experts
+from megatron_kanana.kernels.moe.fp8 import routed_experts_fp8
 
 from .matrix_stack import MatrixStack, matrix_stack
+from .quantized_weights import WeightCopies
 
 # What megatron-core's SequentialMLP calls them in a checkpoint.
 STORED_NAMES = {"gate_up": "experts.linear_fc1.weight", "down": "experts.linear_fc2.weight"}
@@ -32,11 +34,13 @@ class GroupedExperts(MegatronModule):
         gate_up: [local experts, 2N, D], in each expert N rows of the gate, then N of the up
             projection; N is this process's part under expert tensor parallelism.
         down: [local experts, D, N].
+        is_first_microbatch: whether weights may have changed; megatron-core's schedules set it.
 
     Args:
         num_local_experts: E.
         config: megatron-core's; gives the sizes.
         backend: implementation (see `kernels.moe`).
+        fp8: whether products are computed in fp8 (see `kernels.moe.fp8`).
         pg_collection: megatron-core's process groups.
     """
 
@@ -46,11 +50,14 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         *,
         backend: str,
+        fp8: bool = False,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.backend = backend
+        self.fp8_copies = WeightCopies() if fp8 else None
+        self.is_first_microbatch = True
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
@@ -93,10 +100,13 @@ class GroupedExperts(MegatronModule):
         Returns:
             [T, D], zero for tokens without an expert here, and megatron-core's bias, None.
         """
-        out = routed_experts(
-            hidden_states, weights, permutation, self.gate_up, self.down, backend=self.backend
-        )
-        return out, None
+        inputs = (hidden_states, weights, permutation, self.gate_up, self.down)
+        if self.fp8_copies is None:
+            return routed_experts(*inputs, backend=self.backend), None
+        anew = self.is_first_microbatch or not self.training
+        copies = self.fp8_copies.of((self.gate_up, self.down), anew=anew)
+        self.is_first_microbatch = False
+        return routed_experts_fp8(*inputs, *copies), None
 
     def sharded_state_dict(
         self,

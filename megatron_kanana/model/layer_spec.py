@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -56,17 +58,22 @@ class ExpertLayerSpec:
 def block_spec(
     config: MLATransformerConfig,
     core_attention: ModuleSpec,
-    experts: ExpertLayerSpec,
+    experts: Callable[[bool], ExpertLayerSpec],
     linear: LinearLayers,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline rank's (virtual) stage, and the final norm."""
+    """The layers of this pipeline rank's (virtual) stage, and the final norm.
+
+    Args:
+        experts: the layer of experts, given whether fp8 leaves its transformer layer out.
+    """
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [
-        layer_spec(core_attention, experts if config.moe_layer_freq[index] else None, linear)
-        for index in range(first, first + count)
-    ]
+    layers = []
+    for index in range(first, first + count):
+        in_bf16 = is_first_last_bf16_layer(config, index)
+        of_layer = experts(in_bf16) if config.moe_layer_freq[index] else None
+        layers.append(layer_spec(core_attention, of_layer, linear))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
@@ -140,20 +147,22 @@ def _mlp_submodules(linear: LinearLayers) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=linear.column, linear_fc2=linear.row)
 
 
-def expert_layer_spec(dispatcher: str, backend: str) -> ExpertLayerSpec:
+def expert_layer_spec(dispatcher: str, backend: str, *, fp8: bool = False) -> ExpertLayerSpec:
     """A layer of experts.
 
     Args:
         dispatcher: `parallel.token_dispatcher`.
         backend: implementation (see `kernels.moe`).
+        fp8: whether routed and shared experts are computed in fp8.
     """
     params = {"backend": backend}
+    of_experts = {**params, "fp8": fp8}
     return ExpertLayerSpec(
         params={"dispatcher": dispatcher, **params},
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=GroupedExperts, params=params),
+            experts=ModuleSpec(module=GroupedExperts, params=of_experts),
             shared_experts=ModuleSpec(
-                module=SharedExperts, params=params, submodules=_mlp_submodules(IN_TORCH)
+                module=SharedExperts, params=of_experts, submodules=_mlp_submodules(IN_TORCH)
             ),
             router=partial(Router, **params),
         ),

@@ -15,13 +15,20 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kanana.kernels.moe import gated_mlp
+from megatron_kanana.kernels.moe.fp8 import gated_mlp_fp8
+
+from .quantized_weights import WeightCopies
 
 
 class SharedExperts(SharedExpertMLP):
     """megatron-core's shared experts, with its parameters and their names, by `kernels.moe`.
 
+    Attributes:
+        is_first_microbatch: whether weights may have changed; megatron-core's schedules set it.
+
     Args:
         backend: implementation (see `kernels.moe`).
+        fp8: whether products are computed in fp8 (see `kernels.moe.fp8`).
         The others are megatron-core's.
     """
 
@@ -33,9 +40,12 @@ class SharedExperts(SharedExpertMLP):
         pg_collection: ProcessGroupCollection,
         *,
         backend: str,
+        fp8: bool = False,
     ) -> None:
         super().__init__(config, submodules, gate, pg_collection)
         self.backend = backend
+        self.fp8_copies = WeightCopies() if fp8 else None
+        self.is_first_microbatch = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[sequence or this process's part of it, batch, D] -> the same shape."""
@@ -50,13 +60,14 @@ class SharedExperts(SharedExpertMLP):
         return summed
 
     def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        out_TD = gated_mlp(
-            hidden_states.flatten(0, -2),
-            self.linear_fc1.weight,
-            self.linear_fc2.weight,
-            backend=self.backend,
-        )
-        return out_TD.view(hidden_states.shape)
+        weights = (self.linear_fc1.weight, self.linear_fc2.weight)
+        inputs = (hidden_states.flatten(0, -2), *weights)
+        if self.fp8_copies is None:
+            return gated_mlp(*inputs, backend=self.backend).view(hidden_states.shape)
+        anew = self.is_first_microbatch or not self.training
+        copies = self.fp8_copies.of([weight[None] for weight in weights], anew=anew)
+        self.is_first_microbatch = False
+        return gated_mlp_fp8(*inputs, *copies).view(hidden_states.shape)
 
 
 def _kept_in_parts(gathered: torch.Tensor, part: torch.Tensor, group: Any) -> Any:

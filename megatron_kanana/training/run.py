@@ -42,7 +42,7 @@ from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import Backends, choose_backend
 from megatron_kanana.kernels.dense import choose_linear_backend, choose_rope_backend
 from megatron_kanana.kernels.linear_cross_entropy.backend import choose_loss_backend
-from megatron_kanana.kernels.moe.backend import choose_moe_backend
+from megatron_kanana.kernels.moe.backend import choose_fp8_experts, choose_moe_backend
 from megatron_kanana.model.builder import build_model
 from megatron_kanana.model.megatron_config import transformer_config
 from megatron_kanana.model.router import reset_expert_bias
@@ -185,7 +185,14 @@ def choose_backends(settings: Settings, device: Device) -> Backends:
         limits_passed=fused_rope_limits_passed(settings),
     )
     loss = choose_loss_backend(kernels.loss_backend, device.torch_device.type)
-    return Backends(attention, experts, linear, rope, loss)
+    experts_fp8 = choose_fp8_experts(
+        settings.precision.experts,
+        settings.precision.fp8,
+        experts,
+        device.torch_device.type,
+        expert_layer_sizes(settings),
+    )
+    return Backends(attention, experts, linear, rope, loss, experts_fp8)
 
 
 def build_run(settings: Settings, device: Device) -> Run:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_kanana.kernels.moe.backend import choose_moe_backend
+from megatron_kanana.kernels.moe.backend import choose_fp8_experts, choose_moe_backend
 from megatron_kanana.native_library import (
     HOPPER_EXPERT_WIDTH_UNIT,
     HOPPER_MAX_EXPERT_GROUPS,
@@ -26,7 +26,7 @@ MODULE = "megatron_kanana.kernels.moe.backend"
 def choice(requested: str, device_type: str, **options: Any) -> str:
     """For Kanana-2's sizes in bf16 where nothing else is said."""
     dtype = options.pop("dtype", torch.bfloat16)
-    sizes = dataclasses.replace(ExpertLayerSizes(2048, 768, 128, 6, 1), **options)
+    sizes = dataclasses.replace(ExpertLayerSizes(2048, 768, 768, 128, 6, 1), **options)
     return choose_moe_backend(requested, device_type, dtype=dtype, sizes=sizes)
 
 
@@ -72,3 +72,35 @@ def test_limits_are_those_the_kernels_are_compiled_for() -> None:
     assert int(found["kMaxExpertsOfAToken"]) == HOPPER_MAX_EXPERTS_OF_A_TOKEN
     assert int(found["kMaxExpertGroups"]) == HOPPER_MAX_EXPERT_GROUPS
     assert int(found["kExpertWidthUnit"]) == HOPPER_EXPERT_WIDTH_UNIT
+
+
+def fp8(requested: str, **options: Any) -> bool:
+    """For Kanana-2's sizes in blocks on CUDA where nothing else is said."""
+    given = {"fp8": "blockwise", "backend": "csrc", "device_type": "cuda", **options}
+    sizes = ExpertLayerSizes(2048, given.pop("width", 768), 768, 128, 6, 1)
+    return choose_fp8_experts(requested, sizes=sizes, **given)
+
+
+def test_experts_are_in_fp8_where_their_kernels_have_the_recipe_and_the_sizes(
+    hopper: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert fp8("auto") and fp8("fp8")
+    assert "experts in fp8" in caplog.text
+    assert not fp8("bf16")
+    assert not fp8("auto", fp8="tensorwise")
+    assert "experts in bf16 (the experts' kernels have scales of blocks" in caplog.text
+    assert not fp8("auto", backend="torch")
+    assert not fp8("auto", width=192)
+    assert "multiples of 128 in fp8, not a hidden size of 2048, experts 192 wide" in caplog.text
+    assert not fp8("auto", fp8="none") and not fp8("auto", device_type="cpu")
+
+
+@pytest.mark.parametrize(
+    "options", [{"fp8": "tensorwise"}, {"backend": "torch"}, {"width": 192}], ids=str
+)
+def test_experts_in_fp8_that_cannot_be_are_refused_by_name(
+    hopper: None, options: dict[str, Any]
+) -> None:
+    with pytest.raises(RuntimeError, match=r"precision.experts = fp8: .*; or set it to auto"):
+        fp8("fp8", **options)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 SIZES = (  # multiples of 32, and powers of two where the rotary kernel takes nothing else
     *("model.qk_nope_head_dim=32", "model.qk_rope_head_dim=16", "model.v_head_dim=32"),
     *("model.hidden_size=256", "model.kv_lora_rank=112", "model.q_lora_rank=128"),
-    *("model.ffn_hidden_size=512", "model.moe_ffn_hidden_size=64", "model.num_mtp_layers=1"),
+    *("model.ffn_hidden_size=512", "model.moe_ffn_hidden_size=128", "model.num_mtp_layers=1"),
 )
 ON_GPU = ("device=cuda", "kernels.deterministic=true", *SIZES)
 TORCH = ("precision=bf16", "kernels.linear_backend=torch", "kernels.rope_backend=torch")

@@ -43,6 +43,45 @@ def choose_moe_backend(
     return backend
 
 
+def choose_fp8_experts(
+    requested: str, fp8: str, backend: str, device_type: str, sizes: ExpertLayerSizes
+) -> bool:
+    """Whether the experts are computed in fp8, chosen once, at start-up, with a logged reason.
+
+    Args:
+        requested: `precision.experts`: 'auto', 'bf16' or 'fp8'.
+        fp8: `precision.fp8`.
+        backend: of the experts.
+        device_type: 'cuda' or 'cpu'.
+        sizes: of the layer.
+
+    Raises:
+        RuntimeError: fp8 was asked for and cannot be used here.
+    """
+    if fp8 == "none" or device_type == "cpu":
+        return False
+    if requested == "bf16":
+        error: str | None = "asked for by precision.experts"
+    else:
+        error = _fp8_error(fp8, backend, sizes)
+    if requested == "fp8" and error is not None:
+        raise RuntimeError(f"precision.experts = fp8: {error}; or set it to auto")
+    logger.info("experts in %s (%s)", "fp8" if error is None else "bf16", error or "as the layers")
+    return error is None
+
+
+def _fp8_error(fp8: str, backend: str, sizes: ExpertLayerSizes) -> str | None:
+    if fp8 != "blockwise":
+        return f"the experts' kernels have scales of blocks, not those of precision.fp8 = {fp8}"
+    if backend != "csrc":
+        return f"kernels.moe_backend is {backend}, and csrc alone has fp8"
+    for limit in sizes.hopper_fp8_limits_passed():
+        return f"the CUDA kernels take {limit}"
+    if not has_operation_for("fp8_experts_forward", "CUDA"):
+        return "the compiled operations have no experts in fp8 (build them again)"
+    return None
+
+
 def _csrc_error(device_type: str, dtype: torch.dtype, sizes: ExpertLayerSizes) -> str | None:
     if (error := native_library_error()) is not None:
         return error

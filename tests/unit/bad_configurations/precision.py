@@ -69,6 +69,33 @@ PRECISION = {
         "install torch for CUDA 12.9 or newer",
         _without(cuda_version="12.8"),
     ),
+    "experts in fp8 beside layers in bf16": Bad(
+        ("precision=bf16", "precision.experts=fp8"),
+        "precision.experts",
+        "fp8",
+        "set precision=fp8_blockwise",
+    ),
+    "experts in fp8 in torch": Bad(
+        ("precision=fp8_blockwise", "precision.experts=fp8", "kernels.moe_backend=torch"),
+        "precision.experts",
+        "fp8",
+        "choose csrc",
+        CUDA_MACHINE,
+    ),
+    "experts in fp8 on Blackwell": Bad(
+        ("precision=fp8_blockwise", "precision.experts=fp8"),
+        "precision.experts",
+        "fp8",
+        "set precision.experts=auto or bf16",
+        BLACKWELL,
+    ),
+    "experts in fp8 between the blocks": Bad(
+        ("precision=fp8_blockwise", "precision.experts=fp8", "model.moe_ffn_hidden_size=192"),
+        "precision.experts",
+        "fp8",
+        "set precision.experts=auto or bf16",
+        CUDA_MACHINE,
+    ),
     "fp8 beside fp32": Bad(
         ("precision=fp8_blockwise", "precision.compute=fp32"),
         "precision.fp8",

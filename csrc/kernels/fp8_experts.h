@@ -1,0 +1,58 @@
+// Launchers of the experts' products in fp8 (e4m3). As in moe.h; D and N are multiples of 128.
+//
+// A quantised tensor is its 8-bit numbers and the fp32 scales of its blocks of 128 columns of a
+// row, or of 128 x 128 weights. Weights come in both orders, as the tensor cores sum along rows
+// alone.
+#pragma once
+
+#include "moe.h"
+
+namespace megatron_kanana {
+
+constexpr int kFp8WidthUnit = 128;  // hidden size and width are multiples of it
+
+struct Fp8Rows {
+  const void* data;     // e4m3 [rows, width]
+  const float* scales;  // [rows, width / 128]
+};
+
+struct Fp8Weights {
+  const void* data;     // e4m3 [E, rows, columns], or where asked for [E, columns, rows]
+  const float* scales;  // [E, rows / 128, columns / 128] in either case
+};
+
+// data e4m3 [rows, width] and scales from values bf16 [rows, width].
+void fp8_quantize_rows(const void* values, int64_t rows, int width, void* data, float* scales,
+                       void* stream);
+
+// data e4m3 [E, rows, columns], transposed e4m3 [E, columns, rows] and scales from values bf16.
+void fp8_quantize_weights(const void* values, int experts, int rows, int columns, void* data,
+                          void* transposed, float* scales, void* stream);
+
+// As experts_up_forward; activation and its scales are outputs.
+void fp8_experts_up_forward(const ExpertSizes& sizes, const ExpertRows& rows,
+                            const Fp8Rows& hidden_states, const Fp8Weights& gate_up,
+                            void* pre_activation, void* activation, float* activation_scales,
+                            void* stream);
+
+// As experts_down_forward; out is bf16.
+void fp8_experts_down_forward(const ExpertSizes& sizes, const ExpertRows& rows,
+                              const Fp8Rows& activation, const Fp8Weights& down, void* out,
+                              void* stream);
+
+int fp8_experts_grad_weight_parts(const ExpertSizes& sizes);
+
+// As experts_down_backward, with down transposed, [E, N, D]. The gradient of the pre-activation
+// comes in bf16, for the weights' gradients, and quantised, for the rows'.
+void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
+                               const Fp8Rows& grad_out, const Fp8Weights& down,
+                               const void* pre_activation, void* grad_pre_activation,
+                               void* quantized_grad, float* grad_scales, void* weighted_activation,
+                               float* grad_weight_parts, void* stream);
+
+// As experts_up_backward, with gate_up transposed, [E, D, 2N]; grad_rows is bf16.
+void fp8_experts_up_backward(const ExpertSizes& sizes, const ExpertRows& rows,
+                             const Fp8Rows& grad_pre_activation, const Fp8Weights& gate_up,
+                             void* grad_rows, void* stream);
+
+}  // namespace megatron_kanana

@@ -1,0 +1,32 @@
+// Numbers of 8 bits (e4m3) and their scales: a number is its 8 bits times the scale of its block.
+// Rows are quantised in blocks of 128 columns, weights in blocks of 128 x 128 (DeepSeek-V3,
+// arXiv:2412.19437, section 3.3.2).
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace megatron_kanana {
+
+constexpr int kScaleBlock = 128;
+constexpr float kLargestE4M3 = 448.0f;
+
+// The scale with which the largest magnitude of a block becomes the format's largest number. Zeros
+// stay zeros with any scale.
+__device__ __forceinline__ float scale_of(float largest) {
+  return largest > 0.0f ? largest / kLargestE4M3 : 1.0f;
+}
+
+// Two numbers, rounded to the nearest; what is beyond the largest becomes the largest.
+__device__ __forceinline__ uint16_t pack_e4m3(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+  return static_cast<uint32_t>(pack_e4m3(a, b)) | static_cast<uint32_t>(pack_e4m3(c, d)) << 16;
+}
+
+}  // namespace megatron_kanana

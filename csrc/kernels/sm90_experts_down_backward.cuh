@@ -1,0 +1,204 @@
+// Backward through the experts' down projection and activation: what is made of a tile of the product
+// of gathered rows of grad_out and down. Gradients of the pre-activation, the activation once more
+// for the weights' gradients, and the gradient of each row's weight, <grad_out down[expert],
+// activation> (SonicMoE, arXiv:2512.14080).
+#pragma once
+
+#include "sm90_row_matmul.cuh"
+#include "sm90_staged_rows.cuh"
+#include "swiglu.cuh"
+
+namespace megatron_kanana::sm90 {
+
+// What follows the gradients of a tile's pre-activation where nothing does.
+struct NoQuantization {
+  struct Arguments {};
+  struct Shared {};
+  __device__ NoQuantization(const Arguments&, Shared&, int) {}
+  __device__ __forceinline__ void note(int, float2, float2) {}
+  template <int kPieces>
+  __device__ __forceinline__ void finish(uint8_t* const (&)[kPieces][2], const RowTile&, int, int) {
+  }
+};
+
+// kColumns_: of a tile. Quantization: sees the gradients, and then their tiles in shared memory.
+template <int kColumns_, class Quantization>
+class DownBackward {
+ public:
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kColumnStep = kColumns;
+  static constexpr int kPieces = kColumns / kChunk;
+
+  struct Arguments {
+    CUtensorMap gate, up;  // of the pre-activation
+    StoredRows grad_gate, grad_up, activation;
+    const float* weights;
+    const int32_t* slot_of_row;
+    float* grad_weight_parts;
+    int column_tiles;
+    typename Quantization::Arguments quantization;
+  };
+  // What the loader fills a stage with: of each warpgroup's rows, gate and up of 64 columns, whose
+  // gradients then take their place.
+  struct Piece {
+    uint8_t halves[2][2][kStagedBytes];
+  };
+  static constexpr int kLoadedStages = kPieces;
+  using Shared = typename Quantization::Shared;
+
+  __device__ static void load(const Arguments& arguments, void* stage, uint64_t* full,
+                              const RowTile& tile, int piece) {
+    auto& halves = static_cast<Piece*>(stage)->halves;
+    const int column = tile.column_tile * kColumns + piece * kChunk;
+    barrier_expect(full, sizeof(Piece));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Rows of other experts are loaded too, and come to nothing.
+      const int row = tile.first_row + half * kStoredRows;
+      load_box(halves[half][0], &arguments.gate, full, column, row, 0);
+      load_box(halves[half][1], &arguments.up, full, column, row, 0);
+    }
+  }
+
+  __device__ DownBackward(const Arguments& arguments, Shared& shared, int warpgroup)
+      : arguments_(arguments),
+        warpgroup_(warpgroup),
+        quantization_(arguments.quantization, shared, warpgroup) {}
+
+  __device__ __forceinline__ void begin(const RowTile&, int first_row, int valid_rows) {
+    if (arguments_.weights != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + min(own_row() + 8 * half, valid_rows - 1);
+        weights_[half] = __ldg(arguments_.weights + __ldg(arguments_.slot_of_row + row));
+      }
+    }
+  }
+
+  template <class MatmulShared, class StageRing>
+  __device__ __forceinline__ void finish(const float (&sums)[kColumns / 2], const RowTile& tile,
+                                         int first_row, int valid_rows, MatmulShared& shared,
+                                         StageRing& ring) {
+    const bool leader = threadIdx.x % kWarpgroup == 0;
+    const int column = tile.column_tile * kColumns;
+    float products[2] = {0.0f, 0.0f};
+    uint32_t activations[kPieces][4][4];
+    uint8_t* places[kPieces][2];
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece, ring.advance()) {
+      auto& halves = reinterpret_cast<Piece*>(&shared.stages[ring.stage])->halves;
+      places[piece][0] = halves[warpgroup_][0];
+      places[piece][1] = halves[warpgroup_][1];
+      stages_[piece] = ring.stage;
+      barrier_wait(&shared.full[ring.stage], ring.parity);
+      differentiate(sums, piece, places[piece], activations[piece], products);
+      fence_shared_for_async();
+      named_sync(1 + warpgroup_, kWarpgroup);
+      if (leader) {
+        arguments_.grad_gate.store(places[piece][0], column + piece * kChunk, first_row,
+                                   valid_rows);
+        arguments_.grad_up.store(places[piece][1], column + piece * kChunk, first_row, valid_rows);
+        bulk_commit();
+      }
+    }
+    store_grad_weights(products, tile, first_row, valid_rows);
+    quantization_.finish(places, tile, first_row, valid_rows);
+
+    // The activations go where the gradients of the first pieces are no longer needed.
+    static_assert(kPieces <= 4);
+    if (leader) bulk_wait_read<1>();
+    named_sync(1 + warpgroup_, kWarpgroup);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      stage_tile(shared_address(places[piece / 2][piece % 2]), activations[piece]);
+    }
+    fence_shared_for_async();
+    named_sync(1 + warpgroup_, kWarpgroup);
+    if (leader) {
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        arguments_.activation.store(places[piece / 2][piece % 2], column + piece * kChunk,
+                                    first_row, valid_rows);
+      }
+      bulk_commit();
+    }
+    holds_ = true;
+  }
+
+  // The stages of the tile before, once they are stored.
+  __device__ __forceinline__ void free_stages(uint64_t* empty) {
+    if (threadIdx.x % kWarpgroup == 0 && holds_) {
+      bulk_wait_read();
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) barrier_arrive(&empty[stages_[piece]]);
+    }
+    holds_ = false;
+  }
+
+  __device__ __forceinline__ void end() {
+    if (threadIdx.x % kWarpgroup == 0) bulk_wait();
+  }
+
+ private:
+  // The upper of a thread's two rows of the warpgroup's 64.
+  __device__ __forceinline__ static int own_row() {
+    return threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
+  }
+
+  __device__ __forceinline__ void differentiate(const float (&sums)[kColumns / 2], int piece,
+                                                uint8_t* const (&places)[2],
+                                                uint32_t (&activations)[4][4],
+                                                float (&products)[2]) {
+    const uint32_t gates = shared_address(places[0]);
+    const uint32_t ups = shared_address(places[1]);
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const uint32_t offset = part_address(0, part);
+      uint32_t gate[4], up[4];
+      load_matrices(gates + offset, gate[0], gate[1], gate[2], gate[3]);
+      load_matrices(ups + offset, up[0], up[1], up[2], up[3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int half = i % 2;  // registers of the upper and the lower row alternate
+        const float weight = weights_[half];
+        const float2 g = unpack_bf16(gate[i]), u = unpack_bf16(up[i]);
+        const float first = sums[piece * 32 + part * 8 + 2 * i];
+        const float second = sums[piece * 32 + part * 8 + 2 * i + 1];
+        const auto x = SwigluGradient::of(g.x, u.x, weight * first);
+        const auto y = SwigluGradient::of(g.y, u.y, weight * second);
+        products[half] += first * x.activation + second * y.activation;
+        gate[i] = pack_bf16(x.grad_gate, y.grad_gate);
+        up[i] = pack_bf16(x.grad_up, y.grad_up);
+        quantization_.note(half, {x.grad_gate, y.grad_gate}, {x.grad_up, y.grad_up});
+        activations[part][i] = pack_bf16(weight * x.activation, weight * y.activation);
+      }
+      store_matrices(gates + offset, gate[0], gate[1], gate[2], gate[3]);
+      store_matrices(ups + offset, up[0], up[1], up[2], up[3]);
+    }
+  }
+
+  __device__ __forceinline__ void store_grad_weights(float (&products)[2], const RowTile& tile,
+                                                     int first_row, int valid_rows) {
+    if (arguments_.grad_weight_parts == nullptr) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = products[half];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const int row = own_row() + 8 * half;
+      if (threadIdx.x % 4 == 0 && row < valid_rows) {
+        arguments_.grad_weight_parts[int64_t(first_row + row) * arguments_.column_tiles +
+                                     tile.column_tile] = sum;
+      }
+    }
+  }
+
+  const Arguments& arguments_;
+  const int warpgroup_;
+  Quantization quantization_;
+  bool holds_ = false;
+  int stages_[kPieces];
+  float weights_[2] = {1.0f, 1.0f};
+};
+
+}  // namespace megatron_kanana::sm90

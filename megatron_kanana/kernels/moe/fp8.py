@@ -1,0 +1,187 @@
+"""The experts in fp8 (e4m3) on Hopper: products forward and gradients of their inputs.
+
+Rows have a scale for each 128 numbers, weights for each 128 x 128 (DeepSeek-V3, arXiv 2412.19437,
+section 3.3.2); sums of 128 products are added in fp32. Weights' gradients are products in bf16:
+their time is that of adding to fp32 sums in memory. What is kept for the backward pass is what
+`compiled` keeps.
+
+Shape suffixes: those of the package, and R x C blocks of 128 rows and columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..native import load_native_operations
+from .permutation import Permutation
+from .weight_gradients import gradient_buffer, gradient_to_return
+
+_operations = torch.ops.megatron_kanana
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """One projection of all experts in e4m3, in both orders: tensor cores sum along rows alone.
+
+    Attributes:
+        data: e4m3 [experts, rows, columns].
+        transposed: e4m3 [experts, columns, rows].
+        scales_ERC: fp32 [experts, rows / 128, columns / 128], by which both are multiplied.
+    """
+
+    data: torch.Tensor
+    transposed: torch.Tensor
+    scales_ERC: torch.Tensor
+
+
+def quantize_weights(weights: torch.Tensor) -> QuantizedWeights:
+    """Weights as the experts in fp8 take them.
+
+    Args:
+        weights: bf16 [experts, rows, columns], rows and columns multiples of 128.
+
+    Raises:
+        RuntimeError: they are not, or this device has no such operation.
+    """
+    load_native_operations("precision.experts")
+    return QuantizedWeights(*_operations.fp8_quantize_weights(weights.detach()))
+
+
+def routed_experts_fp8(
+    hidden_states_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    permutation: Permutation,
+    gate_up_E2ND: torch.Tensor,
+    down_EDN: torch.Tensor,
+    quantized_gate_up: QuantizedWeights,
+    quantized_down: QuantizedWeights,
+) -> torch.Tensor:
+    """As `routed_experts`, in fp8.
+
+    Args:
+        hidden_states_TD: bf16 [tokens, hidden size].
+        weights_TK: fp32 [tokens, K].
+        permutation: of the same slots.
+        gate_up_E2ND: bf16 [experts, 2 * width, hidden size]; gets the gradient.
+        down_EDN: bf16 [experts, hidden size, width]; gets the gradient.
+        quantized_gate_up: of the same weights.
+        quantized_down: of the same weights.
+
+    Returns:
+        bf16 [tokens, hidden size].
+    """
+    out_TD: torch.Tensor = _RoutedExperts.apply(
+        hidden_states_TD,
+        weights_TK,
+        permutation,
+        gate_up_E2ND,
+        down_EDN,
+        quantized_gate_up,
+        quantized_down,
+    )
+    return out_TD
+
+
+def gated_mlp_fp8(
+    hidden_states_TD: torch.Tensor,
+    gate_up_2ND: torch.Tensor,
+    down_DN: torch.Tensor,
+    quantized_gate_up: QuantizedWeights,
+    quantized_down: QuantizedWeights,
+) -> torch.Tensor:
+    """As `gated_mlp`, in fp8; the quantised weights are those of one expert."""
+    out_TD: torch.Tensor = _GatedMLP.apply(
+        hidden_states_TD, gate_up_2ND, down_DN, quantized_gate_up, quantized_down
+    )
+    return out_TD
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        permutation: Permutation,
+        gate_up_E2ND: torch.Tensor,
+        down_EDN: torch.Tensor,
+        quantized_gate_up: QuantizedWeights,
+        quantized_down: QuantizedWeights,
+    ) -> torch.Tensor:
+        inputs = (
+            hidden_states_TD.contiguous(),
+            weights_TK.contiguous(),
+            permutation.offsets_E1,
+            permutation.slot_of_row_M,
+            permutation.row_of_slot_TK,
+        )
+        out_TD, pre_activation_M2N = _operations.fp8_experts_forward(
+            *inputs, *_forward_order(quantized_gate_up, quantized_down)
+        )
+        ctx.save_for_backward(*inputs, pre_activation_M2N)
+        ctx.parameters = (gate_up_E2ND, down_EDN)
+        ctx.quantized = (quantized_gate_up, quantized_down)
+        result: torch.Tensor = out_TD
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *inputs, pre_activation_M2N = ctx.saved_tensors
+        buffers = [gradient_buffer(parameter) for parameter in ctx.parameters]
+        grad_hidden_states_TD, grad_weights_TK = _operations.fp8_experts_backward(
+            grad_out_TD.contiguous(),
+            *inputs,
+            *_backward_order(*ctx.quantized),
+            pre_activation_M2N,
+            *buffers,
+        )
+        torch.autograd.graph.increment_version(pre_activation_M2N)
+        grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
+        return grad_hidden_states_TD, grad_weights_TK, None, *grad_parameters, None, None
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states_TD: torch.Tensor,
+        gate_up_2ND: torch.Tensor,
+        down_DN: torch.Tensor,
+        quantized_gate_up: QuantizedWeights,
+        quantized_down: QuantizedWeights,
+    ) -> torch.Tensor:
+        hidden_states_TD = hidden_states_TD.contiguous()
+        out_TD, pre_activation_T2N = _operations.fp8_gated_mlp_forward(
+            hidden_states_TD, *_forward_order(quantized_gate_up, quantized_down)
+        )
+        ctx.save_for_backward(hidden_states_TD, pre_activation_T2N)
+        ctx.parameters = (gate_up_2ND, down_DN)
+        ctx.quantized = (quantized_gate_up, quantized_down)
+        result: torch.Tensor = out_TD
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_states_TD, pre_activation_T2N = ctx.saved_tensors
+        buffers = [gradient_buffer(parameter) for parameter in ctx.parameters]
+        grad_hidden_states_TD = _operations.fp8_gated_mlp_backward(
+            grad_out_TD.contiguous(),
+            hidden_states_TD,
+            *_backward_order(*ctx.quantized),
+            pre_activation_T2N,
+            *buffers,
+        )
+        torch.autograd.graph.increment_version(pre_activation_T2N)
+        grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
+        return grad_hidden_states_TD, *grad_parameters, None, None
+
+
+def _forward_order(gate_up: QuantizedWeights, down: QuantizedWeights) -> tuple[torch.Tensor, ...]:
+    return gate_up.data, gate_up.scales_ERC, down.data, down.scales_ERC
+
+
+def _backward_order(gate_up: QuantizedWeights, down: QuantizedWeights) -> tuple[torch.Tensor, ...]:
+    return gate_up.transposed, gate_up.scales_ERC, down.transposed, down.scales_ERC

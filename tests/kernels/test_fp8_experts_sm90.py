@@ -1,0 +1,213 @@
+"""csrc's experts in fp8 on a Hopper GPU against float64 of the same quantised numbers:
+
+python -m pytest --noconftest tests/kernels/test_fp8_experts_sm90.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_kanana.kernels.moe.fp8 import (
+    QuantizedWeights,
+    gated_mlp_fp8,
+    quantize_weights,
+    routed_experts_fp8,
+)
+
+from .moe_reference import LOADS, Inputs, Sizes
+from .test_moe_sm90 import (
+    COUNTS,
+    NAMES,
+    cuda_inputs,
+    float64_results,
+    inputs_with_counts,
+    no_synchronisation,
+    permutation,
+    with_main_grad,
+)
+
+pytestmark = pytest.mark.gpu
+
+BLOCK = 128
+LARGEST_E4M3 = 448.0
+RMS_ERROR = 1.5e-2  # bf16's rounding, and numbers that fall on the other side of an fp8 rounding
+RMS_ERROR_OF_FP8 = 0.06  # beside what the same numbers give unquantised
+
+
+def round_to_fp8(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """float64 values -> the nearest that e4m3 with the scale of this largest value has."""
+    scale = torch.where(largest > 0, largest.float() / LARGEST_E4M3, 1.0)
+    return (values.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+
+def fp8_rows(values: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows in blocks of 128 numbers; the largest of a block is that of `of`, else of `values`."""
+    blocks = values.unflatten(-1, (-1, BLOCK))
+    largest = (values if of is None else of).unflatten(-1, (-1, BLOCK)).abs().amax(-1, keepdim=True)
+    return round_to_fp8(blocks, largest).flatten(-2)
+
+
+def fp8_weights(matrix: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] in blocks of 128 x 128."""
+    rows, columns = matrix.shape
+    blocks = matrix.double().view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    return round_to_fp8(blocks, blocks.abs().amax((1, 3), keepdim=True)).view(rows, columns)
+
+
+def expected_results(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Output and gradients by name in float64, with the roundings that fp8 and bf16 make."""
+    hidden_states = fp8_rows(inputs.hidden_states.double())
+    grad_out = fp8_rows(inputs.grad_out.double())
+    out, grad_hidden_states = torch.zeros_like(hidden_states), torch.zeros_like(hidden_states)
+    grad_weights = torch.zeros_like(inputs.weights, dtype=torch.float64)
+    grad_gate_ups, grad_downs = [], []
+    for expert in range(len(inputs.down)):
+        gate_up, down = fp8_weights(inputs.gate_up[expert]), fp8_weights(inputs.down[expert])
+        tokens, slots = (inputs.chosen == expert).nonzero(as_tuple=True)
+        weights = inputs.weights.double()[tokens, slots][:, None]
+        pre_activation = hidden_states[tokens] @ gate_up.T
+        gate, up = pre_activation.chunk(2, dim=1)
+        rows = fp8_rows(gate * gate.sigmoid() * up) @ down.T
+        out = out.index_add(0, tokens, rows.bfloat16().double() * weights)
+
+        gate, up = pre_activation.bfloat16().double().chunk(2, dim=1)
+        sigmoid, grad_activation = gate.sigmoid(), grad_out[tokens] @ down
+        activation = gate * sigmoid * up
+        grad_weights[tokens, slots] = (grad_activation * activation).sum(1)
+        grad_gate = weights * grad_activation * up * sigmoid * (1 + gate * (1 - sigmoid))
+        exact = torch.cat([grad_gate, weights * grad_activation * gate * sigmoid], 1)
+        grad_pre_activation = exact.bfloat16().double()
+        rows = fp8_rows(grad_pre_activation, exact) @ gate_up
+        grad_hidden_states = grad_hidden_states.index_add(0, tokens, rows.bfloat16().double())
+        grad_gate_ups.append(grad_pre_activation.T @ inputs.hidden_states.double()[tokens])
+        weighted = (weights * activation).bfloat16().double()
+        grad_downs.append(inputs.grad_out.double()[tokens].T @ weighted)
+    found = (out, grad_hidden_states, grad_weights)
+    stacked = torch.stack(grad_gate_ups), torch.stack(grad_downs)
+    return dict(zip(NAMES, (*found, *stacked), strict=True))
+
+
+def results(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Output and gradients by name; those of the experts' weights in fp32."""
+    hidden_states, weights = (
+        tensor.detach().requires_grad_() for tensor in (inputs.hidden_states, inputs.weights)
+    )
+    parameters = with_main_grad(inputs.gate_up), with_main_grad(inputs.down)
+    copies = [quantize_weights(parameter) for parameter in parameters]
+    out = routed_experts_fp8(hidden_states, weights, permutation(inputs), *parameters, *copies)
+    out.backward(inputs.grad_out)
+    found = (out.detach(), hidden_states.grad, weights.grad, *(p.main_grad for p in parameters))
+    return dict(zip(NAMES, found, strict=True))
+
+
+def rms(tensor: torch.Tensor) -> float:
+    """Root of the mean square."""
+    return float(tensor.double().square().mean().sqrt())
+
+
+def check(inputs: Inputs) -> None:
+    """Output and gradients beside float64, with and without fp8's roundings."""
+    found = results(inputs)
+    for exact, limit in (
+        (expected_results(inputs), RMS_ERROR),
+        (float64_results(inputs), RMS_ERROR_OF_FP8),
+    ):
+        for name in NAMES:
+            if exact[name].numel():
+                error = rms(found[name] - exact[name])
+                assert error <= limit * rms(exact[name]), (name, error / rms(exact[name]))
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize(("hidden", "width"), [(128, 128), (256, 384)])
+def test_loads(load: str, hidden: int, width: int) -> None:
+    check(cuda_inputs(Sizes(700, 4, 16, hidden, width), load, seed=1))
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(640, 256), (2048, 768), (4096, 1536)])
+def test_sizes(hidden: int, width: int) -> None:
+    check(cuda_inputs(Sizes(450, 3, 8, hidden, width), "Zipf", seed=hidden))
+
+
+@pytest.mark.parametrize("counts", [COUNTS, COUNTS[::-1]])
+def test_rows_of_an_expert(counts: tuple[int, ...]) -> None:
+    check(inputs_with_counts(counts, 384, 256))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 129])
+def test_few_tokens(tokens: int) -> None:
+    check(cuda_inputs(Sizes(tokens, 6, 128, 128, 128), seed=tokens))
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1e4])
+def test_blocks_of_very_different_sizes(magnitude: float) -> None:
+    inputs = cuda_inputs(Sizes(300, 2, 4, 256, 128))
+    hidden_states = inputs.hidden_states.clone()
+    hidden_states[::3, :128] *= magnitude
+    hidden_states[1::3] = 0.0
+    check(dataclasses.replace(inputs, hidden_states=hidden_states))
+
+
+def test_every_run_has_the_same_bits() -> None:
+    inputs = cuda_inputs(Sizes(3000, 6, 32, 512, 256), "Zipf")
+    first = results(inputs)
+    for _ in range(4):
+        again = results(inputs)
+        for name in NAMES:
+            assert torch.equal(again[name], first[name]), name
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (256, 640), (1536, 2048)])
+def test_weights_are_rounded_to_the_nearest_in_both_orders(rows: int, columns: int) -> None:
+    weights = torch.randn(3, rows, columns, device="cuda", dtype=torch.bfloat16)
+    weights[1, :128, :128] = 0.0
+    found: QuantizedWeights = quantize_weights(weights)
+    scales = found.scales_ERC.double().repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+    numbers = found.data.double() * scales
+    expected = torch.stack([fp8_weights(matrix) for matrix in weights])
+    # A division that is a multiplication by the rounded inverse may go to the other neighbour.
+    assert float((numbers != expected).double().mean()) < 1e-3
+    assert rms(numbers - expected) < 2e-3 * rms(expected)
+    assert torch.equal(found.transposed.view(torch.uint8), found.data.view(torch.uint8).mT)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 129, 1000])
+@pytest.mark.parametrize(("hidden", "width"), [(128, 256), (2048, 768)])
+def test_shared_experts_are_an_expert_of_all_tokens(tokens: int, hidden: int, width: int) -> None:
+    inputs = cuda_inputs(Sizes(tokens, 1, 1, hidden, width), seed=tokens)
+    inputs = dataclasses.replace(inputs, weights=torch.ones_like(inputs.weights))
+    hidden_states = inputs.hidden_states.detach().requires_grad_()
+    parameters = with_main_grad(inputs.gate_up[0]), with_main_grad(inputs.down[0])
+    copies = [quantize_weights(parameter[None]) for parameter in parameters]
+    out = gated_mlp_fp8(hidden_states, *parameters, *copies)
+    out.backward(inputs.grad_out)
+    expected = expected_results(inputs)
+    found = dict(zip(NAMES, (out, hidden_states.grad, None, *parameters), strict=True))
+    for name in NAMES:
+        if name == "weights" or not expected[name].numel():
+            continue
+        value = found[name].main_grad[None] if name in NAMES[3:] else found[name]
+        assert rms(value - expected[name]) <= RMS_ERROR * rms(expected[name]), name
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    inputs = cuda_inputs(Sizes(500, 4, 16, 128, 128), "Zipf")
+    results(inputs)
+    order = permutation(inputs)
+    parameters = with_main_grad(inputs.gate_up), with_main_grad(inputs.down)
+    with no_synchronisation():
+        copies = [quantize_weights(parameter) for parameter in parameters]
+        out = routed_experts_fp8(inputs.hidden_states, inputs.weights, order, *parameters, *copies)
+        out.backward(inputs.grad_out)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(192, 128), (128, 64)])
+def test_sizes_between_the_blocks_are_refused(hidden: int, width: int) -> None:
+    inputs = cuda_inputs(Sizes(64, 2, 4, hidden, width))
+    with pytest.raises(RuntimeError, match="must be a multiple of 128 in fp8, got"):
+        quantize_weights(inputs.gate_up)
+        quantize_weights(inputs.down)
