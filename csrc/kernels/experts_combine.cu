@@ -85,12 +85,13 @@ void experts_combine(const ExpertSizes& sizes, const ExpertRows& rows, const voi
 }
 
 void experts_grad_weights(const ExpertSizes& sizes, const ExpertRows& rows,
-                          const float* grad_weight_parts, float* grad_weights, void* stream) {
+                          const float* grad_weight_parts, int parts, float* grad_weights,
+                          void* stream) {
   const int64_t slots = int64_t(sizes.tokens) * sizes.experts_of_token;
   if (slots == 0) return;
   const int blocks = static_cast<int>((slots + kThreads - 1) / kThreads);
   grad_weights_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      grad_weight_parts, rows.row_of_slot, slots, experts_grad_weight_parts(sizes), grad_weights);
+      grad_weight_parts, rows.row_of_slot, slots, parts, grad_weights);
   sm90::check_cuda("experts_grad_weights");
 }
 

@@ -102,8 +102,9 @@ void experts_grad_gate_up(const ExpertSizes& sizes, const ExpertRows& rows,
 void experts_combine(const ExpertSizes& sizes, const ExpertRows& rows, const void* values,
                      const float* weights, void* out, void* stream);
 
-// grad_weights [T, K] = sum of the row's parts; zero for slots elsewhere.
+// grad_weights [T, K] = sum of the row's `parts` parts; zero for slots elsewhere.
 void experts_grad_weights(const ExpertSizes& sizes, const ExpertRows& rows,
-                          const float* grad_weight_parts, float* grad_weights, void* stream);
+                          const float* grad_weight_parts, int parts, float* grad_weights,
+                          void* stream);
 
 }  // namespace megatron_kanana

@@ -213,13 +213,14 @@ std::tuple<at::Tensor, at::Tensor> fp8_experts_backward_cuda(
                  {sizes.experts, 2 * sizes.width, sizes.hidden_size}, grad_gate_up,
                  {sizes.experts, sizes.hidden_size, sizes.width}, grad_down);
   const c10::DeviceGuard guard(hidden_states.device());
-  at::Tensor parts = at::empty({sizes.rows, fp8_experts_grad_weight_parts(sizes)},
-                               hidden_states.options().dtype(at::kFloat));
+  const int parts_of_row = fp8_experts_grad_weight_parts(sizes);
+  at::Tensor parts =
+      at::empty({sizes.rows, parts_of_row}, hidden_states.options().dtype(at::kFloat));
   const at::Tensor grad_of_rows =
       backward_products(pass, grad_out, hidden_states, experts, pre_activation,
                         {grad_gate_up, grad_down, parts.mutable_data_ptr<float>()});
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
-  experts_grad_weights(sizes, pass.rows, parts.const_data_ptr<float>(),
+  experts_grad_weights(sizes, pass.rows, parts.const_data_ptr<float>(), parts_of_row,
                        grad_weights.mutable_data_ptr<float>(), pass.stream);
   at::Tensor grad_hidden_states = at::empty(hidden_states.sizes(), hidden_states.options());
   experts_combine(sizes, pass.rows, grad_of_rows.const_data_ptr(), nullptr,

@@ -133,13 +133,13 @@ std::tuple<at::Tensor, at::Tensor> moe_experts_backward_cuda(
   // In its place: a tile is read before it is written, and nothing else reads it.
   void* const grad_pre_activation = pre_activation.mutable_data_ptr();
   at::Tensor activation = at::empty({checked.rows, checked.width}, options);
-  at::Tensor parts =
-      at::empty({checked.rows, experts_grad_weight_parts(sizes)}, options.dtype(at::kFloat));
+  const int parts_of_row = experts_grad_weight_parts(sizes);
+  at::Tensor parts = at::empty({checked.rows, parts_of_row}, options.dtype(at::kFloat));
   experts_down_backward(sizes, rows, grad_out_data, aligned_data(down, "down"),
                         aligned_data(pre_activation, "pre_activation"), grad_pre_activation,
                         activation.mutable_data_ptr(), parts.mutable_data_ptr<float>(), stream);
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
-  experts_grad_weights(sizes, rows, parts.const_data_ptr<float>(),
+  experts_grad_weights(sizes, rows, parts.const_data_ptr<float>(), parts_of_row,
                        grad_weights.mutable_data_ptr<float>(), stream);
   experts_grad_down(sizes, rows, grad_out_data, activation.const_data_ptr(),
                     gradient_data(grad_down, "grad_down"), stream);
