@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_kanana.native_library import NATIVE_LIBRARY
 
-TESTED_MEGATRON_CORE = ("0.16.1",)
+TESTED_MEGATRON_CORE = ("0.16.1", "0.19.2")
 """Versions of megatron-core that the test suite or a committed card ran on."""
 
 

@@ -1,9 +1,10 @@
 """Named changes to megatron-core and torch, each with its reason.
 
-Four lists: what megatron-core needs because there is no CUDA (`CPU_PATCHES`), what is broken in
-megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`), what keeps
-files from running code (`SAFETY_PATCHES`), and what keeps processes from outliving the run
-(`PROCESS_PATCHES`). Nothing else in the project changes another package.
+Five lists: what megatron-core needs because there is no CUDA (`CPU_PATCHES`), what is broken in
+megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`), what a newer
+megatron-core does otherwise (`compatibility.NEWER_PATCHES`), what keeps files from running code
+(`SAFETY_PATCHES`), and what keeps processes from outliving the run (`PROCESS_PATCHES`). Nothing
+else in the project changes another package.
 `tests/parallel/test_patches.py` switches each of the first two off and shows that training still
 fails without it; `tests/unit/test_safe_loading.py` and `tests/faults/test_kills.py` show what the
 others prevent.
@@ -14,21 +15,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .compatibility import newer_patches, results_queue_name
+from .patch import Patch
+
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One change, by name, with the reason it exists and the function that makes it."""
-
-    name: str
-    reason: str
-    apply: Callable[[], None]
 
 
 def apply_patches(device: str, disabled: Collection[str] = ()) -> list[Patch]:
@@ -41,6 +35,7 @@ def apply_patches(device: str, disabled: Collection[str] = ()) -> list[Patch]:
     patches = [
         *(CPU_PATCHES if device == "cpu" else ()),
         *NO_TRANSFORMER_ENGINE_PATCHES,
+        *newer_patches(device),
         *SAFETY_PATCHES,
         *PROCESS_PATCHES,
     ]
@@ -161,7 +156,7 @@ def _checkpoint_metadata() -> None:
 def _no_results_queue() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._get_write_results_queue = lambda: None
+    setattr(filesystem_async, results_queue_name(), lambda: None)
 
 
 CPU_PATCHES = (

@@ -18,7 +18,6 @@ from megatron.core.transformer.multi_latent_attention import (
 )
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayerSubmodules,
     get_mtp_num_layers_to_build,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,6 +30,11 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
+)
+
+from megatron_kanana.device.compatibility import (
+    build_from_specification,
+    prediction_layer_submodules,
 )
 
 from .experts import GroupedExperts
@@ -53,6 +57,8 @@ class ExpertLayerSpec:
     params: dict[str, Any]
     submodules: MoESubmodules
     module: type = ExpertLayer
+
+    __call__ = build_from_specification
 
 
 def block_spec(
@@ -95,7 +101,7 @@ def multi_token_prediction_spec(
         return None
     layer = ModuleSpec(
         module=PredictionLayer,
-        submodules=MultiTokenPredictionLayerSubmodules(
+        submodules=prediction_layer_submodules(
             enorm=RMSNorm,
             hnorm=RMSNorm,
             eh_proj=linear.column,

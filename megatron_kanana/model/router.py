@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -41,6 +42,7 @@ class Router(TopKRouter):
         config: megatron-core's.
         pg_collection: megatron-core's process groups.
         backend: implementation (see `kernels.moe`).
+        options: megatron-core's others.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Router(TopKRouter):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         backend: str,
+        **options: Any,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+        super().__init__(config=config, pg_collection=pg_collection, **options)
         self.backend = backend
 
     def _maintain_float32_expert_bias(self) -> None:
