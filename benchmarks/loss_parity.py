@@ -5,8 +5,9 @@ python -m benchmarks.loss_parity --name loss_parity_h200 --steps 400
 A model of 0.25 billion parameters is trained from the same weights on the same text by each
 contender: ours in bf16, ours in fp8, and megatron-core's modules in bf16. What rounding alone does
 is shown by ours in bf16 once more, with the sequences of each batch in another order, which sums
-their gradients in another order. AdamW updates fp32 weights; it is torch's, the same for all. The
-text is the built-in one, six languages and Python.
+their gradients in another order. AdamW updates fp32 weights; it is torch's, the same for all. Its
+learning rate falls to zero, as small differences grow with it until final losses tell of nothing
+else. The text is the built-in one, six languages and Python.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8_blockwise"], help="ours")
     parser.add_argument("--peer-precisions", nargs="*", default=["bf16"], help="megatron-core's")
     parser.add_argument("--set", nargs="*", default=[], help="more settings, as NAME=VALUE")
+    parser.add_argument("--ours", nargs="*", default=[], help="more settings of ours alone")
     options = parser.parse_args(arguments)
     options.model, options.vocabulary = "kanana_2_30b_a3b", BUILTIN_VOCABULARY
     options.set = [*MODEL, *options.set]
@@ -166,7 +168,7 @@ def train_all(
 def train(
     bench: Bench, name: str, batches: Batches, reordered: bool, options: argparse.Namespace
 ) -> list[float]:
-    """Mean loss of each step; warm-up over a tenth of them, then a constant learning rate."""
+    """Mean loss of each step."""
     shared, contender = bench.shared, bench.contenders[name]
     assert shared is not None
     parameters = list(shared.parameters.values())
@@ -182,11 +184,16 @@ def train(
             contender.forward_backward([iter([batch])])
             for batch in batches.draw(step, reordered=reordered)
         ]
-        warmed_up = min(1.0, (step + 1) / max(1, options.steps // 10))
-        optimizer.param_groups[0]["lr"] = options.learning_rate * warmed_up
+        factor = learning_rate_factor(step, options.steps)
+        optimizer.param_groups[0]["lr"] = options.learning_rate * factor
         update(parameters, masters, optimizer, batches.microbatches)
         losses.append(float(torch.stack(of_step).mean()))
     return losses
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Up over the first tenth of the steps, down to zero over the last half."""
+    return min(1.0, (step + 1) / max(1, steps // 10), (steps - step) / max(1, steps // 2))
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=2, help="of a step")
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--set", nargs="*", default=[], help="more settings, as NAME=VALUE")
+    parser.add_argument("--ours", nargs="*", default=[], help="more settings of ours alone")
 
 
 class Bench:
@@ -72,7 +73,8 @@ class Bench:
         """Build every contender; one that fails leaves the reason."""
         options = self._options
         for precision in options.precisions:
-            settings = partial(settings_of_slice, options, [f"precision={precision}", *options.set])
+            words = [f"precision={precision}", *options.set, *options.ours]
+            settings = partial(settings_of_slice, options, words)
             self._add(f"{OURS}, {precision}", settings, our_model)
         for precision in options.peer_precisions:
             compute = "fp32" if precision == "fp32" else "bf16"

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from megatron_kanana.native_library import HOPPER_FP8_EXPERT_WIDTH_UNIT
+
 from ..native import load_native_operations
 from .permutation import Permutation
 from .weight_gradients import gradient_buffer, gradient_to_return
@@ -47,6 +49,12 @@ def quantize_weights(weights: torch.Tensor) -> QuantizedWeights:
         RuntimeError: they are not, or this device has no such operation.
     """
     load_native_operations("precision.experts")
+    unit = HOPPER_FP8_EXPERT_WIDTH_UNIT
+    if any(size % unit for size in weights.shape[1:]):
+        raise RuntimeError(
+            f"precision.experts = fp8: weights have blocks of {unit} x {unit}, which rows and "
+            f"columns of {tuple(weights.shape[1:])} do not fill; set precision.experts=bf16"
+        )
     return QuantizedWeights(*_operations.fp8_quantize_weights(weights.detach()))
 
 
