@@ -30,7 +30,7 @@ from megatron_kanana.data.builtin import (
 )
 
 from .card import RESULTS_DIR, Row, write_card
-from .loss_curves import curve_rows, plot_curves
+from .loss_curves import curve_rows, final_loss, plot_curves
 from .step_bench import BUILTIN_VOCABULARY, OURS, Bench
 
 MODEL = (
@@ -161,7 +161,8 @@ def train_all(
             parameter.data.copy_(start)
         label = f"{name}, {ANOTHER_ORDER}" if reordered else name
         curves[label] = train(bench, name, batches, reordered, options)
-        print(f"{label}: loss {curves[label][0]:.4f} -> {curves[label][-1]:.4f}", flush=True)
+        final = final_loss(curves[label])
+        print(f"{label}: loss {curves[label][0]:.4f} -> {final:.4f}", flush=True)
     return curves
 
 
