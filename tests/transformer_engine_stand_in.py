@@ -103,7 +103,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
 
 
-def cpu_offload(*_: Any) -> tuple[Any, None]:
+def cpu_offload(*_: Any, **__: Any) -> tuple[Any, None]:
     """None, which megatron-core asks for."""
     return nullcontext(), None
 

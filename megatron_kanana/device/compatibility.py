@@ -21,11 +21,16 @@ def megatron_core_is_newer() -> bool:
     return tuple(int(number) for number in version.split(".")[:2]) >= (0, 19)
 
 
-def newer_patches(device: str) -> tuple[Patch, ...]:
-    """What the installed megatron-core needs on `device`, 'cpu' or 'cuda'; nothing for 0.16."""
+def version_patches(device: str) -> tuple[Patch, ...]:
+    """What the installed version of megatron-core needs on `device`, 'cpu' or 'cuda'."""
     if not megatron_core_is_newer():
-        return ()
+        return OLDER_PATCHES
     return (*NEWER_PATCHES, *(NEWER_CPU_PATCHES if device == "cpu" else ()))
+
+
+def prediction_layer_name() -> str:
+    """What a multi-token prediction layer calls its transformer layer; not in checkpoints."""
+    return "mtp_model_layer" if megatron_core_is_newer() else "transformer_layer"
 
 
 def prediction_layer_submodules(transformer_layer: Any, **others: Any) -> Any:
@@ -39,8 +44,8 @@ def prediction_layer_submodules(transformer_layer: Any, **others: Any) -> Any:
         MultiTokenPredictionLayerSubmodules,
     )
 
-    name = "mtp_model_layer" if megatron_core_is_newer() else "transformer_layer"
-    return MultiTokenPredictionLayerSubmodules(**{name: transformer_layer}, **others)
+    others[prediction_layer_name()] = transformer_layer
+    return MultiTokenPredictionLayerSubmodules(**others)
 
 
 def results_queue_name() -> str:
@@ -59,6 +64,13 @@ def build_from_specification(specification: Any, *inputs: Any, **options: Any) -
     for new in ("name", "is_mtp_layer"):
         options.pop(new, None)
     return build_module(specification, *inputs, **options)
+
+
+def _mla_transformer_engine_flag() -> None:
+    from megatron.core.transformer import multi_latent_attention
+
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
 
 
 def _specifications_are_called() -> None:
@@ -139,6 +151,14 @@ def _losses_of_prediction_layers() -> None:
 
     gpt_model.process_mtp_loss = process_mtp_loss
 
+
+OLDER_PATCHES = (
+    Patch(
+        "mla_transformer_engine_flag",
+        "multi_latent_attention.HAVE_TE is true without it, and isinstance() meets a mock",
+        _mla_transformer_engine_flag,
+    ),
+)
 
 NEWER_PATCHES = (
     Patch(

@@ -1,11 +1,11 @@
 """Named changes to megatron-core and torch, each with its reason.
 
 Five lists: what megatron-core needs because there is no CUDA (`CPU_PATCHES`), what is broken in
-megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`), what a newer
-megatron-core does otherwise (`compatibility.NEWER_PATCHES`), what keeps files from running code
-(`SAFETY_PATCHES`), and what keeps processes from outliving the run (`PROCESS_PATCHES`). Nothing
-else in the project changes another package.
-`tests/parallel/test_patches.py` switches each of the first two off and shows that training still
+megatron-core wherever Transformer Engine is absent (`NO_TRANSFORMER_ENGINE_PATCHES`), what the
+installed version of megatron-core needs (`compatibility.version_patches`), what keeps files from
+running code (`SAFETY_PATCHES`), and what keeps processes from outliving the run
+(`PROCESS_PATCHES`). Nothing else in the project changes another package.
+`tests/parallel/test_patches.py` switches each of the first three off and shows that training still
 fails without it; `tests/unit/test_safe_loading.py` and `tests/faults/test_kills.py` show what the
 others prevent.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .compatibility import newer_patches, results_queue_name
+from .compatibility import results_queue_name, version_patches
 from .patch import Patch
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def apply_patches(device: str, disabled: Collection[str] = ()) -> list[Patch]:
     patches = [
         *(CPU_PATCHES if device == "cpu" else ()),
         *NO_TRANSFORMER_ENGINE_PATCHES,
-        *newer_patches(device),
+        *version_patches(device),
         *SAFETY_PATCHES,
         *PROCESS_PATCHES,
     ]
@@ -124,13 +124,6 @@ def _random_state() -> None:
     megatron_random.CudaRNGStatesTracker = CpuRNGStatesTracker
 
 
-def _mla_transformer_engine_flag() -> None:
-    from megatron.core.transformer import multi_latent_attention
-
-    if not isinstance(multi_latent_attention.TELinear, type):
-        multi_latent_attention.HAVE_TE = False
-
-
 def _recompute_without_fp8() -> None:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
@@ -193,11 +186,6 @@ CPU_PATCHES = (
 )
 
 NO_TRANSFORMER_ENGINE_PATCHES = (
-    Patch(
-        "mla_transformer_engine_flag",
-        "multi_latent_attention.HAVE_TE is true without it, and isinstance() meets a mock",
-        _mla_transformer_engine_flag,
-    ),
     Patch(
         "recompute_without_fp8",
         "CheckpointWithoutOutput takes any fp8 but None, its own default False too, for fp8",

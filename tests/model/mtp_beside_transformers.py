@@ -24,6 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from megatron_kanana import device
 from megatron_kanana.config import Environment, Settings
 from megatron_kanana.config.schema import ModelSettings
+from megatron_kanana.device.compatibility import prediction_layer_name
 from megatron_kanana.kernels.backend import REFERENCE
 from tests.model.beside_transformers import (
     Tensors,
@@ -100,7 +101,7 @@ def reference_names(ours: Tensors, model: ModelSettings) -> Tensors:
             (name, name) for name in ("enorm", "hnorm", "eh_proj")
         }:
             theirs[f"{target}.{other}.weight"] = ours[f"{source}.{name}.weight"]
-        block = (f"{source}.transformer_layer", f"{target}.mtp_block")
+        block = (f"{source}.{prediction_layer_name()}", f"{target}.mtp_block")
         theirs |= hugging_face_layer_names(ours, *block, model, is_moe=True)
     return theirs
 

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import HashStore
 
 from megatron_kanana import device
 from megatron_kanana.config import Environment, Settings, load_settings
+from tests.expert_losses import balance_losses, forget_losses
 
 CONFIG_DIR = "tests/configs"
 LENGTH = 24
@@ -73,7 +74,7 @@ def compare(
             router.weight.copy_(weight)
             router.expert_bias.copy_(bias)
         tokens = hidden_states.clone().requires_grad_()
-        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+        forget_losses()
         probs, chosen = router(tokens, mask)
         if not isinstance(router, CountingRouter):
             dense = torch.zeros(len(probs), config.num_moe_experts)
@@ -81,14 +82,13 @@ def compare(
             with torch.no_grad():  # counts nothing, as a first pass before recomputation
                 router(tokens, mask)
         (probs * gradient).sum().backward()
-        losses = moe_utils.get_moe_layer_wise_logging_tracker()
         results.append(
             {
                 "weights": probs.detach(),
                 "counts": router.local_tokens_per_expert,
                 "gradient of the tokens": tokens.grad,
                 "gradient of the router": router.weight.grad,
-                "balance loss": losses["seq_load_balancing_loss"]["values"],
+                "balance loss": balance_losses(),
             }
         )
     theirs, ours = results

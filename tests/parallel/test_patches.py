@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kanana.device.compatibility import version_patches
 from megatron_kanana.device.patches import CPU_PATCHES, NO_TRANSFORMER_ENGINE_PATCHES
 from tests.launch import CONFIG_DIR, Finished, run_python
 
@@ -17,8 +18,16 @@ ONLY_WITH = {
         "parallel.recompute=selective",
         "parallel.recompute_parts=[norms]",
     ),
+    "no_query_norm": ("model.q_lora_rank=null",),
+    "losses_of_prediction_layers": ("parallel.tensor_parallel_size=2", "model.num_mtp_layers=1"),
 }
-PATCHES = [patch.name for patch in (*CPU_PATCHES, *NO_TRANSFORMER_ENGINE_PATCHES)]
+STARTS = {"start": "model.num_mtp_layers=0"} | {
+    f"start_{index}": change
+    for index, change in enumerate(("model.num_mtp_layers=1", "model.q_lora_rank=null"))
+}
+PATCHES = [
+    patch.name for patch in (*CPU_PATCHES, *NO_TRANSFORMER_ENGINE_PATCHES, *version_patches("cpu"))
+]
 
 
 def train_without(
@@ -36,8 +45,8 @@ def go_on_without(
     patch: str, folder: Path, cache_dir: Path, overrides: tuple[str, ...] = ()
 ) -> Finished:
     """Load a checkpoint, train one step, on two processes if there are overrides, and save."""
-    multi_token = "model.num_mtp_layers=1" in overrides
-    start = f"{folder}/start{'_multi_token' if multi_token else ''}/checkpoints/step_00000001"
+    name = next((name for name, change in STARTS.items() if change in overrides), "start")
+    start = f"{folder}/{name}/checkpoints/step_00000001"
     return train_without(
         *(patch, folder, cache_dir, "stop_after_step=2", f"run_name={run_name(patch, overrides)}"),
         *(f"checkpoint.load={start}", *overrides),
@@ -54,11 +63,13 @@ def run_name(patch: str, overrides: tuple[str, ...]) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """A folder with a checkpoint to load, made with every patch; and the proof that all is well."""
     folder = tmp_path_factory.mktemp("patches")
-    for name, layers in {"start": 0, "start_multi_token": 1}.items():
-        words = (f"run_name={name}", "stop_after_step=1", f"model.num_mtp_layers={layers}")
-        start = train_without("none", folder, cache_dir, *words)
-        assert start.returncode == 0, start.stderr
-    for overrides in ((), *ONLY_WITH.values()):
+    needed = {(), *(ONLY_WITH.get(patch, ()) for patch in PATCHES)}
+    for name, change in STARTS.items():
+        if name == "start" or any(change in overrides for overrides in needed):
+            words = (f"run_name={name}", "stop_after_step=1", change)
+            start = train_without("none", folder, cache_dir, *words)
+            assert start.returncode == 0, start.stderr
+    for overrides in needed:
         finished = go_on_without("none", folder, cache_dir, overrides)
         assert finished.returncode == 0, finished.stderr
     return folder

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_kanana.config import Environment, Settings, load_settings
 from megatron_kanana.device import prepare_device
 from megatron_kanana.device.process import destroy_process_groups, lay_over_processes
+from tests.expert_losses import forget_losses
 
 CONFIG_DIR = "tests/configs"
 
@@ -38,13 +39,12 @@ def run(overrides: list[str]) -> dict[str, int]:
     where = prepare_device(settings, Environment())
 
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     lay_over_processes(settings, with_gloo_groups=False)
     model_parallel_cuda_manual_seed(settings.seed)
-    get_moe_layer_wise_logging_tracker().clear()  # of a model with another number of layers
+    forget_losses()  # of a model with another number of layers
     torch.manual_seed(0)
     try:
         return measure(settings, where)
