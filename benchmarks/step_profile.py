@@ -144,10 +144,12 @@ def plot_components(profiles: Mapping[str, StepProfile], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.8 * len(profiles)))
     names = list(profiles)
     left = [0.0] * len(names)
+    tab20 = pyplot.get_cmap("tab20")
+    colors = {name: tab20(index) for index, name in enumerate([*COMPONENTS, "other"])}
     for component in [*COMPONENTS, "other", "idle"]:
         widths = [_milliseconds(profiles[name], component) for name in names]
         if any(widths):
-            axes.barh(names, widths, left=left, label=component)
+            axes.barh(names, widths, left=left, label=component, color=colors.get(component, "0.9"))
             left = [sum(pair) for pair in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a step")

@@ -36,7 +36,7 @@ def check_precision(settings: Settings, environment: Environment) -> Iterator[Pr
 
 def _check_experts(settings: Settings, environment: Environment) -> Iterator[Problem]:
     """`precision.experts` = fp8 has kernels."""
-    remedy = "set precision.experts=auto or bf16"
+    remedy = "set precision.experts=bf16"
 
     def problem(reason: str, remedy: str = remedy) -> Problem:
         return Problem("precision.experts", "fp8", reason, remedy)

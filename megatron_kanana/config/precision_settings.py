@@ -24,11 +24,11 @@ class PrecisionSettings:
         choices=("none", "blockwise", "tensorwise", "mxfp8"),
     )
     experts: str = setting(
-        "auto",
+        "bf16",
         help="format of the products of routed and shared experts: fp8 needs precision.fp8 ="
-        " blockwise and a Hopper GPU, and leaves their weights' gradients in bf16; auto takes it"
-        " where it can, and logs why not",
-        choices=("auto", "bf16", "fp8"),
+        " blockwise and a Hopper GPU, and leaves their weights' gradients in bf16; a CPU leaves it"
+        " out; read docs/precision.md before",
+        choices=("bf16", "fp8"),
     )
     bf16_layers_at_start: int = setting(
         0, help="first transformer layers that precision.fp8 leaves out", minimum=0

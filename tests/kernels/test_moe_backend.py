@@ -81,26 +81,27 @@ def fp8(requested: str, **options: Any) -> bool:
     return choose_fp8_experts(requested, sizes=sizes, **given)
 
 
-def test_experts_are_in_fp8_where_their_kernels_have_the_recipe_and_the_sizes(
+def test_experts_are_in_fp8_where_it_is_asked_for_and_a_cpu_leaves_it_out(
     hopper: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert fp8("auto") and fp8("fp8")
-    assert "experts in fp8" in caplog.text
-    assert not fp8("bf16")
-    assert not fp8("auto", fp8="tensorwise")
-    assert "experts in bf16 (the experts' kernels have scales of blocks" in caplog.text
-    assert not fp8("auto", backend="torch")
-    assert not fp8("auto", width=192)
-    assert "multiples of 128 in fp8, not a hidden size of 2048, experts 192 wide" in caplog.text
-    assert not fp8("auto", fp8="none") and not fp8("auto", device_type="cpu")
+    assert fp8("fp8") and not fp8("bf16") and not fp8("bf16", fp8="none")
+    assert "experts in fp8 (asked for by precision.experts)" in caplog.text
+    assert not fp8("fp8", device_type="cpu", backend="torch")
+    assert "experts without fp8 (a CPU has none)" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "options", [{"fp8": "tensorwise"}, {"backend": "torch"}, {"width": 192}], ids=str
+    ("options", "reason"),
+    [
+        ({"fp8": "tensorwise"}, "have scales of blocks, not those of precision.fp8 = tensorwise"),
+        ({"backend": "torch"}, "kernels.moe_backend is torch, and csrc alone has fp8"),
+        ({"width": 192}, "multiples of 128 in fp8, not a hidden size of 2048, experts 192 wide"),
+    ],
+    ids=str,
 )
 def test_experts_in_fp8_that_cannot_be_are_refused_by_name(
-    hopper: None, options: dict[str, Any]
+    hopper: None, options: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(RuntimeError, match=r"precision.experts = fp8: .*; or set it to auto"):
+    with pytest.raises(RuntimeError, match=f"precision.experts = fp8: .*{reason}.* set it to bf16"):
         fp8("fp8", **options)

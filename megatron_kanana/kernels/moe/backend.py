@@ -46,10 +46,10 @@ def choose_moe_backend(
 def choose_fp8_experts(
     requested: str, fp8: str, backend: str, device_type: str, sizes: ExpertLayerSizes
 ) -> bool:
-    """Whether the experts are computed in fp8, chosen once, at start-up, with a logged reason.
+    """Whether the experts are computed in fp8; a CPU leaves it out.
 
     Args:
-        requested: `precision.experts`: 'auto', 'bf16' or 'fp8'.
+        requested: `precision.experts`: 'bf16' or 'fp8'.
         fp8: `precision.fp8`.
         backend: of the experts.
         device_type: 'cuda' or 'cpu'.
@@ -58,16 +58,15 @@ def choose_fp8_experts(
     Raises:
         RuntimeError: fp8 was asked for and cannot be used here.
     """
-    if fp8 == "none" or device_type == "cpu":
-        return False
     if requested == "bf16":
-        error: str | None = "asked for by precision.experts"
-    else:
-        error = _fp8_error(fp8, backend, sizes)
-    if requested == "fp8" and error is not None:
-        raise RuntimeError(f"precision.experts = fp8: {error}; or set it to auto")
-    logger.info("experts in %s (%s)", "fp8" if error is None else "bf16", error or "as the layers")
-    return error is None
+        return False
+    if device_type == "cpu":
+        logger.info("experts without fp8 (a CPU has none)")
+        return False
+    if (error := _fp8_error(fp8, backend, sizes)) is not None:
+        raise RuntimeError(f"precision.experts = fp8: {error}; or set it to bf16")
+    logger.info("experts in fp8 (asked for by precision.experts)")
+    return True
 
 
 def _fp8_error(fp8: str, backend: str, sizes: ExpertLayerSizes) -> str | None:

@@ -86,14 +86,14 @@ PRECISION = {
         ("precision=fp8_blockwise", "precision.experts=fp8"),
         "precision.experts",
         "fp8",
-        "set precision.experts=auto or bf16",
+        "set precision.experts=bf16",
         BLACKWELL,
     ),
     "experts in fp8 between the blocks": Bad(
         ("precision=fp8_blockwise", "precision.experts=fp8", "model.moe_ffn_hidden_size=192"),
         "precision.experts",
         "fp8",
-        "set precision.experts=auto or bf16",
+        "set precision.experts=bf16",
         CUDA_MACHINE,
     ),
     "fp8 beside fp32": Bad(
