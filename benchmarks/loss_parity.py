@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from megatron_kanana.data.builtin import (
 )
 
 from .card import RESULTS_DIR, Row, write_card
+from .gradient_cosines import cosine, layer_cosines
 from .loss_curves import curve_rows, final_loss, plot_curves
 from .step_bench import BUILTIN_VOCABULARY, OURS, Bench
 
@@ -124,7 +124,7 @@ def text_tokens() -> torch.Tensor:
 
 
 def gradient_rows(bench: Bench, batches: Batches) -> list[Row]:
-    """Smallest cosine of a parameter's gradient with the first contender's, at the start."""
+    """Smallest cosines of gradients with the first contender's, at the start."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     assert bench.shared is not None
     for name, contender in bench.contenders.items():
@@ -135,15 +135,11 @@ def gradient_rows(bench: Bench, batches: Batches) -> list[Row]:
     base, *others = found
     rows = []
     for name in others:
-        cosines = {
-            parameter: float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
-            for (parameter, a), b in zip(found[base].items(), found[name].values(), strict=True)
-        }
-        worst = min(cosines, key=lambda parameter: cosines[parameter])
-        rows += [
-            Row(f"{name}: smallest cosine of a gradient ({worst})", "", cosines[worst]),
-            Row(f"{name}: median cosine of gradients", "", statistics.median(cosines.values())),
-        ]
+        layers = layer_cosines(found[name], found[base])
+        parameters = {each: cosine(g, found[base][each]) for each, g in found[name].items()}
+        for what, cosines in (("layer's gradient", layers), ("gradient", parameters)):
+            worst = min(cosines, key=lambda each: cosines[each])
+            rows.append(Row(f"{name}: smallest cosine of a {what} ({worst})", "", cosines[worst]))
     return rows
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gradient_cosines import layer_cosines
 from megatron_kanana.config.precision_settings import FP8_RECIPES
 from tests.checkpoints import saved_tensors
 from tests.launch import CONFIG_DIR, run_python, train_in_turn
@@ -58,17 +57,9 @@ def first_gradients(folder: Path, cache_dir: Path, words: tuple[str, ...]) -> di
 
 
 def cosines(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """Between gradients of each layer, all its parameters together."""
-    parts: dict[str, tuple[list[Any], list[Any]]] = defaultdict(lambda: ([], []))
-    for name in theirs.keys() - {"loss"}:
-        found = re.match(r".*layers\.\d+", name)
-        layer = found.group() if found else name
-        for place, gradients in zip(parts[layer], (ours, theirs), strict=True):
-            place.append(gradients[name].flatten().double())
-    return {
-        layer: torch.cosine_similarity(torch.cat(a), torch.cat(b), dim=0).item()
-        for layer, (a, b) in parts.items()
-    }
+    """Between gradients of each layer."""
+    names = theirs.keys() - {"loss"}
+    return layer_cosines(ours, {name: theirs[name] for name in names})
 
 
 @pytest.fixture(scope="module")
