@@ -10,9 +10,7 @@ namespace {
 
 using Epilogue = DownBackward<192, NoQuantization>;
 
-int column_tiles_of(int width) {
-  return (width + Epilogue::kColumns - 1) / Epilogue::kColumns;
-}
+int column_tiles_of(int width) { return (width + Epilogue::kColumns - 1) / Epilogue::kColumns; }
 
 }  // namespace
 }  // namespace sm90

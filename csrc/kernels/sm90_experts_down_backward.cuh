@@ -1,7 +1,7 @@
-// Backward through the experts' down projection and activation: what is made of a tile of the product
-// of gathered rows of grad_out and down. Gradients of the pre-activation, the activation once more
-// for the weights' gradients, and the gradient of each row's weight, <grad_out down[expert],
-// activation> (SonicMoE, arXiv:2512.14080).
+// Backward through the experts' down projection and activation: what is made of a tile of the
+// product of gathered rows of grad_out and down. Gradients of the pre-activation, the activation
+// once more for the weights' gradients, and the gradient of each row's weight, <grad_out
+// down[expert], activation> (SonicMoE, arXiv:2512.14080).
 #pragma once
 
 #include "sm90_row_matmul.cuh"
