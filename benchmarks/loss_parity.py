@@ -31,7 +31,7 @@ from megatron_kanana.data.builtin import (
 from .card import RESULTS_DIR, Row, write_card
 from .gradient_cosines import cosine, layer_cosines
 from .loss_curves import curve_rows, final_loss, plot_curves
-from .step_bench import BUILTIN_VOCABULARY, OURS, Bench
+from .step_bench import BUILTIN_VOCABULARY, OURS, Bench, add_settings
 
 MODEL = (
     *("model.hidden_size=1024", "model.num_attention_heads=8", "model.ffn_hidden_size=3072"),
@@ -92,8 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8_blockwise"], help="ours")
     parser.add_argument("--peer-precisions", nargs="*", default=["bf16"], help="megatron-core's")
-    parser.add_argument("--set", nargs="*", default=[], help="more settings, as NAME=VALUE")
-    parser.add_argument("--ours", nargs="*", default=[], help="more settings of ours alone")
+    add_settings(parser)
     options = parser.parse_args(arguments)
     options.model, options.vocabulary = "kanana_2_30b_a3b", BUILTIN_VOCABULARY
     options.set = [*MODEL, *options.set]

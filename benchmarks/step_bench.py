@@ -45,6 +45,11 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--sequences", type=int, default=2, help="of a step")
     parser.add_argument("--sequence-length", type=int, default=4096)
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Arguments for settings beside those of the slice."""
     parser.add_argument("--set", nargs="*", default=[], help="more settings, as NAME=VALUE")
     parser.add_argument("--ours", nargs="*", default=[], help="more settings of ours alone")
 

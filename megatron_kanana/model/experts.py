@@ -103,9 +103,7 @@ class GroupedExperts(MegatronModule):
         inputs = (hidden_states, weights, permutation, self.gate_up, self.down)
         if self.fp8_copies is None:
             return routed_experts(*inputs, backend=self.backend), None
-        anew = self.is_first_microbatch or not self.training
-        copies = self.fp8_copies.of((self.gate_up, self.down), anew=anew)
-        self.is_first_microbatch = False
+        copies = self.fp8_copies.for_forward(self, (self.gate_up, self.down))
         return routed_experts_fp8(*inputs, *copies), None
 
     def sharded_state_dict(

@@ -64,9 +64,7 @@ class SharedExperts(SharedExpertMLP):
         inputs = (hidden_states.flatten(0, -2), *weights)
         if self.fp8_copies is None:
             return gated_mlp(*inputs, backend=self.backend).view(hidden_states.shape)
-        anew = self.is_first_microbatch or not self.training
-        copies = self.fp8_copies.of([weight[None] for weight in weights], anew=anew)
-        self.is_first_microbatch = False
+        copies = self.fp8_copies.for_forward(self, [weight[None] for weight in weights])
         return gated_mlp_fp8(*inputs, *copies).view(hidden_states.shape)
 
 
