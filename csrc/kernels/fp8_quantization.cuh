@@ -7,9 +7,11 @@
 
 #include <cstdint>
 
+#include "fp8_experts.h"
+
 namespace megatron_kanana {
 
-constexpr int kScaleBlock = 128;
+constexpr int kScaleBlock = kFp8WidthUnit;
 constexpr float kLargestE4M3 = 448.0f;
 
 // The scale with which the largest magnitude of a block becomes the format's largest number. Zeros
