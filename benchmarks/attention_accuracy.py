@@ -4,7 +4,8 @@ python -m benchmarks.attention_accuracy --name attention_accuracy_h200
 python -m benchmarks.attention_accuracy --memory --name attention_memory_h200
 
 An error is of a whole tensor: root of the mean square, and largest, both over the root of the mean
-square of the exact tensor (of max logits: largest over the largest exact one).
+square of the exact tensor (of max logits: largest over the largest exact one). Told are means over
+`--draws` random inputs; what is larger than a peer's by more than chance, `error_draws.py` says.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from .attention_peers import (
     random_inputs,
 )
 from .card import Row, write_card
+from .error_draws import Errors, compared, summary
 
 COMPARED = (OURS, OURS_DETERMINISTIC, FLEX, FA4, TE, SDPA)
 LENGTHS = (1, 2, 7, 63, 64, 65, 127, 129, 191, 300, 512, 777, 1023, 1024, 1537, 2049, 4095, 8192)
 MEMORY_CASES = (Case(32768, 1, 4, 4, 192, 128), Case(131072, 1, 4, 4, 192, 128))
-SAME = 0.02  # errors that differ by less are of the same rounding
 ALLOWED_MEMORY = 1.02  # measured over stated, blocks of the allocator included
 
 Change = Callable[[Case, Inputs], None]
@@ -156,68 +157,48 @@ def errors(found: Results, right: Results) -> dict[str, float]:
     return measured
 
 
-def compare(case: Case, change: Change | None) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Errors by contender, and why others were not run."""
-    inputs = random_inputs(case, seed=case.length)
-    if change is not None:
-        with torch.no_grad():
-            change(case, inputs)
-    right = exact(case, inputs)
-    found, not_run = {}, []
-    for name in COMPARED:
-        try:
-            found[name] = errors(results_of(name, case, inputs), right)
-        except Exception as error:  # whatever a peer raises, the others are compared
-            not_run.append(f"{name}: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
-    return found, not_run
+def compare(case: Case, change: Change | None, draws: int) -> tuple[list[Errors], list[str]]:
+    """Errors of each draw by contender, and why others were not run."""
+    measured: list[Errors] = []
+    not_run: dict[str, str] = {}
+    for draw in range(draws):
+        inputs = random_inputs(case, seed=case.length + 10_000 * draw)
+        if change is not None:
+            with torch.no_grad():
+                change(case, inputs)
+        right = exact(case, inputs)
+        measured.append({})
+        for name in COMPARED:
+            if name in not_run:
+                continue
+            try:
+                measured[-1][name] = errors(results_of(name, case, inputs), right)
+            except Exception as error:  # whatever a peer raises, the others are compared
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                not_run[name] = f"{name}: {reason[:300]}"
+    whole = [{name: draw[name] for name in draw if name not in not_run} for draw in measured]
+    return whole, list(not_run.values())
 
 
-def sweep_rows() -> tuple[list[Row], list[str]]:
+def sweep_rows(draws: int) -> tuple[list[Row], list[str]]:
     """A row a case and kind of error: ours beside the peer with the smallest one."""
-    rows: list[Row] = []
+    results = []
     notes: dict[str, list[str]] = {}
     for group, name, case, change in sweep():
-        found, not_run = compare(case, change)
+        measured, not_run = compare(case, change, draws)
         for reason in not_run:
             notes.setdefault(reason, []).append(name)
-        for contender, measured in found.items():
-            text = "  ".join(f"{value:9.3e}" for value in measured.values())
+        for contender, first in measured[0].items():
+            text = "  ".join(f"{value:9.3e}" for value in first.values())
             print(f"{group:16s} {name:40s} {contender:46s} {text}", flush=True)
-        for ours in (OURS, OURS_DETERMINISTIC):
-            for kind, value in found.get(ours, {}).items():
-                beside = {
-                    peer: measured[kind]
-                    for peer, measured in found.items()
-                    if not peer.startswith("ours") and math.isfinite(measured.get(kind, math.nan))
-                }
-                label = f"{group}: {name}: {kind}" + (
-                    ", deterministic" if ours == OURS_DETERMINISTIC else ""
-                )
-                if not beside:
-                    rows.append(Row(label, "relative", value))
-                    continue
-                best = min(beside, key=beside.__getitem__)
-                ratio = beside[best] / value if value > 0 else None
-                rows.append(Row(label, "relative", value, best, beside[best], ratio))
-    print(summary(rows))
-    return rows, [summary(rows)] + [
+        for ours, suffix in ((OURS, ""), (OURS_DETERMINISTIC, ", deterministic")):
+            results += compared(f"{group}: {name}", measured, ours, suffix)
+    told = summary(results)
+    print("\n".join(told))
+    return [result.row for result in results], told + [
         f"not run: {reason} ({len(names)} cases, {names[0]} the first)"
         for reason, names in notes.items()
     ]
-
-
-def summary(rows: list[Row]) -> str:
-    """How many errors are no larger than the best peer's, and where they are larger."""
-    ratios = [(row.ours / row.peer_value, row) for row in rows if row.peer_value]
-    larger = sorted((pair for pair in ratios if pair[0] > 1), key=lambda pair: -pair[0])
-    much_larger = [pair for pair in larger if pair[0] > 1 + SAME]
-    text = (
-        f"{len(ratios) - len(larger)} of {len(ratios)} errors are no larger than the best peer's, "
-        f"{len(ratios) - len(much_larger)} but for {SAME:.0%}"
-    )
-    for ratio, row in larger[:8]:
-        text += f"; {row.name}: {row.ours:.3e}, {ratio:.3f} of {row.peer}'s"
-    return text
 
 
 def stated_bytes(case: Case) -> int:
@@ -260,9 +241,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", help="write benchmarks/results/NAME.json")
     parser.add_argument("--output", type=Path, help="folder of the card instead")
+    parser.add_argument("--draws", type=int, default=16, help="random inputs of a case")
     parser.add_argument("--memory", action="store_true", help="memory at great lengths instead")
     arguments = parser.parse_args()
-    rows, notes = (memory_rows(), []) if arguments.memory else sweep_rows()
+    rows, notes = (memory_rows(), []) if arguments.memory else sweep_rows(arguments.draws)
     if arguments.name:
         folder = {"results_dir": arguments.output} if arguments.output else {}
         print(write_card(arguments.name, rows, notes=notes, **folder))
