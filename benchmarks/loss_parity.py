@@ -90,7 +90,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--microbatches", type=int, default=2, help="of a step")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8_blockwise"], help="ours")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        default=["bf16", "fp8_blockwise"],
+        help="ours: groups of `precision`, each perhaps with more settings, 'GROUP NAME=VALUE'",
+    )
     parser.add_argument("--peer-precisions", nargs="*", default=["bf16"], help="megatron-core's")
     add_settings(parser)
     options = parser.parse_args(arguments)

@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--judged", action="store_true", help="the sizes that goals are set for")
     add_sizes(parser)
     parser.add_argument(
-        "--precisions", nargs="+", default=["bf16"], help="of ours: groups of `precision`"
+        "--precisions",
+        nargs="+",
+        default=["bf16"],
+        help="of ours: groups of `precision`, each perhaps with more settings, 'GROUP NAME=VALUE'",
     )
     parser.add_argument("--peer-precisions", nargs="*", default=["bf16"], help="megatron-core's")
     parser.add_argument("--rounds", type=int, default=8, help="how often all take their turn")

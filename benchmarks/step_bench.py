@@ -78,7 +78,8 @@ class Bench:
         """Build every contender; one that fails leaves the reason."""
         options = self._options
         for precision in options.precisions:
-            words = [f"precision={precision}", *options.set, *options.ours]
+            recipe, *more = precision.split()
+            words = [f"precision={recipe}", *options.set, *options.ours, *more]
             settings = partial(settings_of_slice, options, words)
             self._add(f"{OURS}, {precision}", settings, our_model)
         for precision in options.peer_precisions:

@@ -87,7 +87,7 @@ class Linear(torch.nn.Module):
 
 
 @contextmanager
-def fp8_autocast(*, enabled: bool, fp8_recipe: Any, fp8_group: Any = None) -> Iterator[None]:
+def fp8_autocast(*, enabled: bool, fp8_recipe: Any = None, fp8_group: Any = None) -> Iterator[None]:
     """As Transformer Engine's; nothing computes in fp8."""
     _recipe.append(fp8_recipe if enabled else None)
     try:

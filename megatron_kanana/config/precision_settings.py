@@ -6,6 +6,19 @@ from dataclasses import dataclass
 
 from .fields import setting
 
+DENSE_WEIGHTS = (
+    "query",
+    "query_down",
+    "query_up",
+    "key_value_down",
+    "key_value_up",
+    "attention_output",
+    "gate_up",
+    "down",
+    "mtp_projection",
+)
+"""Kinds of weights (`schema.PARAMETER_KINDS`) that `precision.fp8` is about: none of experts."""
+
 
 @dataclass(kw_only=True)
 class PrecisionSettings:
@@ -38,6 +51,12 @@ class PrecisionSettings:
         help="last transformer layers that precision.fp8 leaves out; multi-token prediction layers"
         " are not among them",
         minimum=0,
+    )
+    bf16_weights: list[str] = setting(
+        [],
+        help="kinds of dense weights that precision.fp8 leaves out in every layer; gate_up and down"
+        " are those of dense feed-forwards",
+        choices=DENSE_WEIGHTS,
     )
     reduce_gradients_in_fp32: bool = setting(True, help="accumulate and reduce gradients in fp32")
 

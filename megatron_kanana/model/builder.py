@@ -21,7 +21,7 @@ from .layer_spec import (
     expert_layer_spec,
     multi_token_prediction_spec,
 )
-from .linear_layers import linear_layers, mark_whole_layers
+from .linear_layers import leave_out_of_fp8, linear_layers, mark_whole_layers
 from .linear_loss import LinearLossGPTModel
 from .multi_token import MultiTokenGPTModel
 
@@ -47,6 +47,7 @@ def _build_chunk(
     chunk = gpt_model(settings, config, backends, vp_stage)
     chunk.to(device.torch_device)
     mark_whole_layers(chunk)
+    leave_out_of_fp8(chunk, settings.precision.bf16_weights)
     initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed, settings.transfer)
     in_bf16 = device.dtype == torch.bfloat16
     module: torch.nn.Module = Float16Module(config, chunk) if in_bf16 else chunk

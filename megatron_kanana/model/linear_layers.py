@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,19 @@ class LinearLayers:
 
 IN_TORCH = LinearLayers(ColumnParallelLinear, RowParallelLinear, Linear)
 
+KINDS = {
+    "linear_q_proj": "query",
+    "linear_q_down_proj": "query_down",
+    "linear_q_up_proj": "query_up",
+    "linear_kv_down_proj": "key_value_down",
+    "linear_kv_up_proj": "key_value_up",
+    "linear_proj": "attention_output",
+    "linear_fc1": "gate_up",
+    "linear_fc2": "down",
+    "eh_proj": "mtp_projection",
+}
+"""Kinds of weights (`precision_settings.DENSE_WEIGHTS`) by megatron-core's names of layers."""
+
 
 def linear_layers(backend: str) -> LinearLayers:
     """Of `kernels.linear_backend`, 'te' or 'torch'; parameters have the same names in both."""
@@ -49,7 +62,29 @@ def mark_whole_layers(model: torch.nn.Module) -> None:
     `reset_parameters`), and megatron-core would add the gradients of every tensor-parallel
     process's copy to the global norm.
     """
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
-        if hasattr(module, "fuse_wgrad_accumulation") and module.parallel_mode is None:
-            module.weight.tensor_model_parallel = False
+    for _, layer in _transformer_engine_layers(model):
+        if layer.parallel_mode is None:
+            layer.weight.tensor_model_parallel = False
+
+
+def leave_out_of_fp8(model: torch.nn.Module, kinds: Collection[str]) -> None:
+    """Have the layers of these kinds compute in bf16 inside a layer whose others are in fp8."""
+    for name, layer in _transformer_engine_layers(model):
+        if KINDS[name.rpartition(".")[2]] in kinds:
+            layer.forward = _without_fp8(layer.forward)
+
+
+def _without_fp8(forward: Callable[..., Any]) -> Callable[..., Any]:
+    from transformer_engine.pytorch import fp8_autocast
+
+    def in_bf16(*args: Any, **options: Any) -> Any:
+        with fp8_autocast(enabled=False):
+            return forward(*args, **options)
+
+    return in_bf16
+
+
+def _transformer_engine_layers(model: torch.nn.Module) -> Iterable[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            yield name, module

@@ -24,7 +24,10 @@ EVALUATED = ("schedule.evaluation_interval=2", "schedule.evaluation_batches=1")
 THREE = (*SHORT, *EVALUATED, "stop_after_step=3", "model.num_mtp_layers=1")
 HALF = (*SHORT, "stop_after_step=1", "model.num_mtp_layers=1")
 FP8 = ("precision.fp8=blockwise", "precision.bf16_layers_at_start=1")
-FP8_AND_RECOMPUTE = ("precision.fp8=tensorwise", "parallel.recompute=full")
+FP8_AND_RECOMPUTE = (
+    *("precision.fp8=tensorwise", "parallel.recompute=full"),
+    "precision.bf16_weights=[key_value_down,down]",
+)
 RUNS_ON_STAND_IN = {
     "te": THREE,
     "fp8": (*THREE, *FP8),
@@ -32,6 +35,8 @@ RUNS_ON_STAND_IN = {
     "from_torch": THREE,
     "from_te": HALF,
 }
+DOWN = ["TERowParallelLinear", 128]
+"""Of the dense feed-forward."""
 PROJECTION = ["TEColumnParallelLinear", 128]
 """That of multi-token prediction."""
 
@@ -124,9 +129,23 @@ def test_fp8_is_on_in_the_layers_that_are_to_have_it(runs: dict[str, Any]) -> No
         assert recipes == ({None} if is_dense else {"Float8BlockScaling"})
     projections = [each for each in contexts if each[:2] == PROJECTION]
     assert {each[2] for each in projections} == {"Float8BlockScaling"}
-    contexts = runs["remembered"]["fp8_recompute"]["contexts"]
-    assert {each[2] for each in contexts} == {"Float8CurrentScaling"}
     assert {each[2] for each in runs["remembered"]["te"]["contexts"]} == {None}
+
+
+def test_fp8_leaves_out_the_weights_that_are_to_stay_in_bf16(runs: dict[str, Any]) -> None:
+    """Also where activations are computed again."""
+    remembered = runs["remembered"]["fp8_recompute"]
+    outputs = {(each["class"], each["in"]): set[int]() for each in remembered["built"]}
+    for each in remembered["built"]:
+        outputs[each["class"], each["in"]].add(each["out"])
+    shared = ["TELinear", 64]  # down-projections of queries, and of keys and values
+    assert outputs["TELinear", 64] == {32, 40}
+    for *layer, recipe in remembered["contexts"]:
+        if layer != shared:
+            assert recipe == (None if layer == DOWN else "Float8CurrentScaling")
+    recipes = [each[2] for each in remembered["contexts"] if each[:2] == shared]
+    assert recipes[0::2] == ["Float8CurrentScaling"] * (len(recipes) // 2)
+    assert recipes[1::2] == [None] * (len(recipes) // 2)
 
 
 def test_recompute_under_fp8_is_transformer_engines(runs: dict[str, Any]) -> None:
