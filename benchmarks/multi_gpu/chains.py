@@ -1,4 +1,8 @@
-"""Jobs one after another in the same processes, with a new start after one that fails."""
+"""Chains of jobs: one after another in the same processes, several chains at a time.
+
+A chain's processes start at once and wait where a job needs what another chain writes, as starting
+takes longer than most jobs. After a job that fails, its chain starts again with the next one.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.launch import free_ports
 
 from . import starts
-from .jobs import Job, LogitsJob
+from .jobs import DONE, FAILED, Job, LogitsJob
 from .starts import Place
 
 
@@ -26,81 +31,94 @@ class Task:
         training: arguments of the main job, without its folders.
         seed: of the order of summation.
         logits: that are computed after the training.
-        needed: whether nothing after it can be done without it.
+        after: folder of the job whose checkpoint it begins with.
     """
 
     folder: Path
     training: tuple[str, ...] = ()
     seed: int | None = None
     logits: LogitsJob | None = None
-    needed: bool = False
+    after: Path | None = None
 
     def job(self, ports: list[int]) -> Job:
         """What the processes do."""
-        return Job(str(self.done), ports, list(self.training), self.seed, self.logits)
+        after = None if self.after is None else str(self.after)
+        return Job(str(self.folder), ports, after, list(self.training), self.seed, self.logits)
 
     @property
-    def done(self) -> Path:
-        """File that tells that it ended."""
-        return self.folder / "done"
+    def is_done(self) -> bool:
+        """Whether it has ended."""
+        return (self.folder / DONE).exists()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Jobs that the same processes do.
+
+    Attributes:
+        log: file for what they print.
+        tasks: one after another; none begins with what a later one writes.
+        processes: of every start.
+        place: where they run.
+    """
+
+    log: Path
+    tasks: Sequence[Task]
+    processes: int
+    place: Place
 
 
 Failures = dict[Path, str]
 """Why a task was not done, by its folder."""
 
 
-def run_chains(
-    chains: Mapping[str, Sequence[Task]], processes: int, places: Sequence[Place], end: float
-) -> Failures:
-    """Run chains on as many places at a time as there are.
+def run_chains(chains: Sequence[Chain], at_once: int, end: float) -> Failures:
+    """Run chains; no chain waits for a later one.
 
     Args:
-        chains: tasks by name of the chain, which names its log.
-        processes: of every start.
-        places: where they run.
+        chains: in the order in which they start.
+        at_once: how many run at a time.
         end: of `time.monotonic`; what has not ended by then is not done.
     """
-    free = list(places)
+    chains = [chain for chain in chains if chain.tasks]
     failures: Failures = {}
-
-    def run(name: str) -> None:
-        place = free.pop()
-        failures.update(_run_chain(name, chains[name], processes, place, end))
-        free.append(place)
-
-    with ThreadPoolExecutor(len(places)) as pool:
-        list(pool.map(run, [name for name, tasks in chains.items() if tasks]))
+    # All ports at once: a second look for free ones could find those that nobody listens on yet.
+    ports = iter(free_ports(2 * sum(len(chain.tasks) for chain in chains)))
+    tasks = [task for chain in chains for task in chain.tasks]
+    jobs = {task.folder: task.job([next(ports), next(ports)]) for task in tasks}
+    with ThreadPoolExecutor(at_once) as pool:
+        for found in pool.map(partial(_run_chain, jobs=jobs, end=end), chains):
+            failures |= found
     return failures
 
 
-def _run_chain(
-    name: str, tasks: Sequence[Task], processes: int, place: Place, end: float
-) -> Failures:
+def _run_chain(chain: Chain, *, jobs: Mapping[Path, Job], end: float) -> Failures:
     failures: Failures = {}
-    waiting = list(tasks)
-    log = tasks[0].folder.parent / f"{name}.log"
+    waiting = list(chain.tasks)
     while waiting:
         left = end - time.monotonic()
         if left < 5.0:
             return {**failures, **{task.folder: "no time was left" for task in waiting}}
-        reason = _start(waiting, processes, place, log, left)
-        waiting = [task for task in waiting if not task.done.exists()]
+        reason = _start([jobs[task.folder] for task in waiting], chain, left)
+        waiting = [task for task in waiting if not task.is_done]
         if not waiting:
             break
         failed = waiting.pop(0)
         failures[failed.folder] = reason or "left no result"
-        if failed.needed:
-            failures |= {task.folder: f"{failed.folder.name} was not done" for task in waiting}
-            break
+        (failed.folder / FAILED).touch()
+        for task in list(waiting):
+            if task.after is not None and (task.after / FAILED).exists():
+                failures[task.folder] = f"{task.after.name} was not done"
+                waiting.remove(task)
     return failures
 
 
-def _start(tasks: Sequence[Task], processes: int, place: Place, log: Path, seconds: float) -> str:
-    ports = free_ports(2 * len(tasks))
-    jobs = [task.job(ports[2 * index : 2 * index + 2]) for index, task in enumerate(tasks)]
-    for task in tasks:
-        task.folder.mkdir(parents=True, exist_ok=True)
-    words = log.with_suffix(".json")
+def _start(jobs: Sequence[Job], chain: Chain, seconds: float) -> str:
+    for job in jobs:
+        Path(job.folder).mkdir(parents=True, exist_ok=True)
+    words = chain.log.with_suffix(".json")
     words.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
-    command = starts.command("benchmarks.multi_gpu.jobs", [str(words)], processes, place)
-    return starts.run(command, place, log, seconds)
+    command = starts.command(
+        "benchmarks.multi_gpu.jobs", [str(words)], chain.processes, chain.place
+    )
+    return starts.run(command, chain.place, chain.log, seconds)

@@ -13,7 +13,8 @@ import torch
 
 from tests.parallel.layouts import weight_differences
 
-from .suites import NOISE, ONE, Suite
+from .heads import clipped_heads, logit_difference
+from .suites import NOISE, ONE, THRESHOLD, Suite
 
 NOISE_FACTOR = 3.0
 """A layout may be this many times as far away as the furthest run in another order of summation."""
@@ -29,7 +30,7 @@ class Verdict:
     Attributes:
         runs: what was compared: dtype, optimizer, layout.
         what: losses, weights or logits; of the kind that is nearest to its tolerance, or over it.
-        difference: relative, or absolute for logits.
+        difference: relative; absolute for logits, and a number of heads.
         tolerance: of the difference.
         source: where it comes from.
     """
@@ -62,21 +63,9 @@ def differences(suite: Suite, run: str) -> Differences:
             name: max(_relative(ours[step][name], theirs[step][name]) for step in steps)
             for name in ("loss", "grad_norm")
         },
-        "attention logits": {
-            "largest": max(
-                _relative(a, b)
-                for step in steps
-                for a, b in zip(
-                    *(each[step]["max_attention_logits"] for each in (ours, theirs)), strict=True
-                )
-            )
-        },
+        "attention logits": {"of heads": logit_difference(*_head_logits(suite, run))},
         "weights": {},
     }
-    if suite.optimizer == "MuonClip":
-        counts = [sum(each[step]["clipped_heads"] for step in steps) for each in (ours, theirs)]
-        assert counts[1] > 0, "no head was scaled down"
-        found["heads clipped"] = {"number": _relative(*counts)}
     saved = (suite.saved(name, suite.lengths.end) for name in (run, ONE))
     for name, difference in weight_differences(*saved).items():
         kind = re.sub(r"\.\d+\.", ".", name)
@@ -85,6 +74,12 @@ def differences(suite: Suite, run: str) -> Differences:
     if files[0].exists():
         found["logits"] = {"largest": largest_difference(*map(torch.load, files))}
     return found
+
+
+def _head_logits(suite: Suite, run: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest attention logits of the steps that a run and the one on a single process share."""
+    ours, theirs = (torch.load(suite.run_folder(name) / "heads.pt") for name in (run, ONE))
+    return ours, theirs[-len(ours) :]
 
 
 def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -108,26 +103,48 @@ def verdicts(suite: Suite, run: str, noise: Differences) -> list[Verdict]:
     """A verdict for all that is compared: that of the kind which is nearest to its tolerance."""
     found = []
     for what, kinds in differences(suite, run).items():
-        of_kinds = [
-            _verdict(suite, run, what, kind, difference, noise[what][kind])
-            for kind, difference in kinds.items()
-        ]
+        of_kinds = []
+        for kind, difference in kinds.items():
+            tolerance, source = _tolerance(suite, what, noise[what][kind])
+            title = f"{suite.title}, {run}"
+            of_kinds.append(Verdict(title, f"{what} ({kind})", difference, tolerance, source))
         found.append(max(of_kinds, key=_nearness))
+    if suite.optimizer == "MuonClip":
+        found.append(_clipped_verdict(suite, run, noise["attention logits"]["of heads"]))
     return found
 
 
-def _verdict(
-    suite: Suite, run: str, what: str, kind: str, difference: float, noise: float
-) -> Verdict:
+def _tolerance(suite: Suite, what: str, noise: float) -> tuple[float, str]:
+    """Of a difference, and where it comes from."""
     of_tests = suite.tolerances.get(what, 0.0)
     of_noise = NOISE_FACTOR * noise
-    source = (
-        "of the tests"
-        if of_tests >= of_noise
-        else f"{NOISE_FACTOR:.0f} x the noise of other orders of summation"
-    )
+    if of_tests >= of_noise:
+        return of_tests, "of the tests"
+    return of_noise, f"{NOISE_FACTOR:.0f} x the noise of other orders of summation"
+
+
+def _clipped_verdict(suite: Suite, run: str, noise: float) -> Verdict:
+    """Whether QK-Clip scaled the same heads down, but for those whose logit is at the threshold.
+
+    A head that is not at the threshold must not differ; how many QK-Clip counted may differ by the
+    number of those that are.
+    """
+    tolerance, _ = _tolerance(suite, "attention logits", noise)
+    ours, theirs = _head_logits(suite, run)
+    heads = clipped_heads(ours, theirs, THRESHOLD, tolerance)
+    steps = sorted(_records(suite.run_folder(run)))
+    counts = [
+        sum(records[step]["clipped_heads"] for step in steps)
+        for records in (_records(suite.run_folder(name)) for name in (run, ONE))
+    ]
+    assert counts[1] > 0, "no head was scaled down"
     title = f"{suite.title}, {run}"
-    return Verdict(title, f"{what} ({kind})", difference, max(of_tests, of_noise), source)
+    if heads.otherwise:
+        what = "heads clipped (otherwise, not at the threshold)"
+        return Verdict(title, what, heads.otherwise, 0.0, "exact")
+    source = f"of {counts[1]}, heads within {tolerance:.1e} of the threshold"
+    difference = abs(counts[0] - counts[1])
+    return Verdict(title, "heads clipped (number)", difference, heads.near, source)
 
 
 def _nearness(verdict: Verdict) -> float:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from benchmarks.card import RESULTS_DIR, Row, write_card
 from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
 from tests.launch import CONFIG_DIR
 
-from .chains import Failures, Task, run_chains
+from .chains import Chain, Failures, Task, run_chains
 from .comparison import (
     NOISE_FACTOR,
     Differences,
@@ -38,12 +39,13 @@ from .comparison import (
 )
 from .jobs import LogitsJob
 from .starts import ROOT, Place
-from .suites import CUDA_BF16_MODEL, ONE, Lengths, Run, Suite, folder_name
+from .suites import CUDA_BF16_MODEL, Lengths, Run, Suite
 
 OPTIMIZERS, DTYPES = ("AdamW", "MuonClip"), ("fp32", "bf16")
 VOCABULARY = 2048  # of the small model
 START = "start"
 COMPARING_SECONDS = 40.0  # kept from the time that runs have
+UNITS = {"logits": "absolute difference", "heads clipped": "difference in heads"}
 NOT_BUILT = "context parallelism: not built"
 
 
@@ -63,6 +65,8 @@ class Comparison:
         self.cache_dir = options.cache_dir or work / "data"
         self.failures: Failures = {}
         lengths = Lengths(1, 2, 3) if options.tiny else Lengths()
+        powers = [2**power for power in range(options.processes.bit_length())]
+        self.counts = options.counts or [each for each in powers if each <= options.processes]
         self.suites = [
             Suite(
                 optimizer,
@@ -70,6 +74,7 @@ class Comparison:
                 work / f"{dtype}_{optimizer}",
                 self.place.on_cuda,
                 options.processes,
+                tuple(self.counts),
                 tuple(options.layouts),
                 lengths,
             )
@@ -85,60 +90,71 @@ class Comparison:
             self.work / "tokens.pt",
         )
         converting = None if self.options.without_transformers else self._convert()
-        chains = {
-            f"{suite.folder.name}_1": [
-                self._task(suite, None),
-                *(self._task(suite, run) for run in suite.single_runs()),
-            ]
-            for suite in self.suites
-        }
-        self._run(chains, 1)
-        if converting is not None:
-            self._wait_for(converting)
-        counts = {run.processes for suite in self.suites for run in suite.split_runs()}
-        for processes in sorted({*counts, self.options.processes} - {1}):
-            chains = {
-                f"{suite.folder.name}_{processes}": [
-                    self._task(suite, run)
-                    for run in suite.split_runs()
-                    if run.processes == processes
-                ]
-                for suite in self.suites
-            }
-            if converting is not None and processes == self.options.processes:
-                chains["transformers"] = [self._parity_task(dtype) for dtype in self.options.dtypes]
-            self._run(chains, processes)
+        chains = self.chains()
+        # GPUs have time for several small runs, which are slow at launching; cores have not.
+        at_once = len(chains) if self.place.on_cuda else 1
+        self.failures = run_chains(chains, at_once, self.end)
+        if converting is not None and converting.poll() is None:
+            converting.kill()
 
-    def _run(self, chains: dict[str, list[Task]], processes: int) -> None:
-        places = self.place.split(self.options.processes, processes)
-        self.failures |= run_chains(chains, processes, places, self.end)
+    def chains(self) -> list[Chain]:
+        """Those on one process, which the others wait for, and then one for each dtype and size."""
+        options = self.options
+        gpus = self.place.split(options.processes, 1)
+        chains = [
+            self._chain(suite.folder.name, 1, gpus[index % len(gpus)], self._single_tasks(suite))
+            for index, suite in enumerate(self.suites)
+        ]
+        for processes in sorted(set(self.counts) - {1}, reverse=True):
+            places = self.place.split(options.processes, processes)
+            for index, dtype in enumerate(options.dtypes):
+                by_suite = [
+                    [self._task(suite, run) for run in suite.split_runs(processes)]
+                    for suite in self.suites
+                    if suite.dtype == dtype
+                ]
+                # In turns, so that one that has no time left has lost as much as the others.
+                tasks = [task for turn in zip_longest(*by_suite) for task in turn if task]
+                place = places[index % len(places)]
+                chains.append(self._chain(dtype, processes, place, tasks))
+        if not options.without_transformers:
+            tasks = [self._parity_task(dtype) for dtype in options.dtypes]
+            place = self.place.split(options.processes, options.processes)[0]
+            chains.append(self._chain("transformers", options.processes, place, tasks))
+        return chains
+
+    def _chain(self, name: str, processes: int, place: Place, tasks: list[Task]) -> Chain:
+        return Chain(self.work / f"{name}_{processes}.log", tasks, processes, place)
+
+    def _single_tasks(self, suite: Suite) -> list[Task]:
+        return [self._task(suite, None), *(self._task(suite, run) for run in suite.single_runs())]
 
     def _task(self, suite: Suite, run: Run | None) -> Task:
         """A training; of the checkpoint that all begin with, without a run."""
         lengths = suite.lengths
         stop = lengths.start if run is None else lengths.end
-        name = folder_name(START if run is None else run.name)
+        folder = suite.run_folder(START if run is None else run.name)
         words = [
             *("--config-dir", str(CONFIG_DIR), "experiment=small"),
-            *(f"output_dir={suite.folder}", f"run_name={name}", f"data.cache_dir={self.cache_dir}"),
-            *suite.overrides,
-            f"stop_after_step={stop}",
+            *(f"output_dir={suite.folder}", f"run_name={folder.name}"),
+            *(f"data.cache_dir={self.cache_dir}", *suite.overrides, f"stop_after_step={stop}"),
         ]
         if run is None:
-            return Task(suite.folder / name, tuple(words), needed=True)
+            return Task(folder, tuple(words))
         source = START if run.resumes is None else run.resumes
         step = lengths.start if run.resumes is None else lengths.middle
         words += [*run.overrides, f"checkpoint.load={suite.saved(source, step)}"]
         logits = None
-        if run.resumes is None:
+        # The model's logits do not depend on who trains it.
+        if run.resumes is None and suite.optimizer == self.options.optimizers[0]:
             layout = [word for word in run.overrides if word.startswith(("parallel.", "kernels."))]
             logits = LogitsJob(
                 str(suite.saved(START, lengths.start)),
                 str(self.work / "tokens.pt"),
-                str(suite.folder / name / "logits.pt"),
+                str(folder / "logits.pt"),
                 [f"precision.compute={suite.dtype}", *layout],
             )
-        return Task(suite.folder / name, tuple(words), run.seed, logits, needed=run.name == ONE)
+        return Task(folder, tuple(words), run.seed, logits, after=suite.run_folder(source))
 
     def _convert(self) -> subprocess.Popen[bytes]:
         folder = self.work / "transformers"
@@ -155,12 +171,6 @@ class Comparison:
                 stderr=log,
             )
 
-    def _wait_for(self, converting: subprocess.Popen[bytes]) -> None:
-        try:
-            converting.wait(max(1.0, self.end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            converting.kill()
-
     def _parity_task(self, dtype: str) -> Task:
         folder = self.work / "transformers"
         layout = f"parallel.expert_parallel_size={self.options.processes}"
@@ -170,7 +180,7 @@ class Comparison:
             str(folder / f"ours_{dtype}.pt"),
             [f"precision.compute={dtype}", layout],
         )
-        return Task(folder / f"of_{dtype}", logits=logits)
+        return Task(folder / f"of_{dtype}", logits=logits, after=folder)
 
     def verdicts(self) -> Iterable[Verdict | str]:
         """Of every run; in words where there is none."""
@@ -180,7 +190,7 @@ class Comparison:
             except (OSError, AssertionError) as error:
                 yield f"{suite.title}: not run on one process: {self._reason(suite, error)}"
                 continue
-            for run in suite.split_runs():
+            for run in suite.split_runs(*self.counts):
                 yield from self._verdicts(suite, run, noise)
         for dtype in [] if self.options.without_transformers else self.options.dtypes:
             yield self._parity(dtype)
@@ -222,7 +232,7 @@ def rows_of(found: Sequence[Verdict | str]) -> list[Row]:
     return [
         Row(
             f"{each.runs}: {each.what}",
-            "absolute difference" if each.what.startswith("logits") else "relative difference",
+            UNITS.get(each.what.partition(" (")[0], "relative difference"),
             each.difference,
             f"tolerance {each.source}",
             each.tolerance,
@@ -267,6 +277,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    words = "numbers of processes of the layouts; by default 1, 2, 4, … up to --processes"
+    parser.add_argument("--counts", type=int, nargs="+", default=[], help=words)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
     parser.add_argument("--layouts", nargs="+", default=[], help="by name; by default all")

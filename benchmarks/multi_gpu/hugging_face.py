@@ -2,7 +2,8 @@
 
 python -m benchmarks.multi_gpu.hugging_face FOLDER CACHE_DIR [settings of the small model]
 
-Writes FOLDER/checkpoint, tokens.pt, fp32.pt and bf16.pt, transformers' logits in either format.
+Writes FOLDER/checkpoint, tokens.pt, fp32.pt and bf16.pt, transformers' logits in either format, and
+tells in a file how it ended, as jobs do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.multi_gpu.jobs import DONE, FAILED
 from megatron_kanana.data.builtin import builtin_data
 from megatron_kanana.data.export_tokenizer import save_hugging_face_tokenizer
 from tests.conversion.test_transformers import random_model
@@ -37,4 +39,10 @@ def main(folder: Path, cache_dir: Path, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
+    where = Path(sys.argv[1])
+    code = 1
+    try:
+        code = main(where, Path(sys.argv[2]), sys.argv[3:])
+    finally:
+        (where / (FAILED if code else DONE)).touch()
+    sys.exit(code)

@@ -1,6 +1,7 @@
 """Trainings, and logits of checkpoints, one after another in the same processes.
 
-Argument: a JSON file, a list of jobs (`Job`). Each job that ends leaves an empty file.
+Argument: a JSON file, a list of jobs (`Job`). Each job that ends leaves an empty file, and waits
+before for that of the job whose checkpoint it begins with.
 """
 
 from __future__ import annotations
@@ -8,17 +9,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.multi_gpu.heads import recorded_logits
 from benchmarks.multi_gpu.reordered import reordered
 from megatron_kanana import device, train
-from megatron_kanana.config import detect_environment
+from megatron_kanana.config import detect_environment, load_settings
 from megatron_kanana.config.saved_model import settings_of_saved_model
 from tests.logits import logits_of
+
+DONE, FAILED = "done", "failed"
+"""Files in a job's folder that tell how it ended."""
 
 
 @dataclass(frozen=True)
@@ -43,37 +49,71 @@ class Job:
     """A training, logits, or both.
 
     Attributes:
-        done: file that tells of the end.
+        folder: of what it writes.
         ports: for the processes to meet at, two.
+        after: folder of the job that must have ended before; None for none.
         training: arguments of the main job; without any, none.
         seed: of the order of summation; None leaves it.
         logits: that are computed after the training; None for none.
     """
 
-    done: str
+    folder: str
     ports: list[int]
+    after: str | None = None
     training: list[str] = field(default_factory=list)
     seed: int | None = None
     logits: LogitsJob | None = None
 
 
-def main(jobs: list[dict[str, Any]]) -> int:
+def main(words: list[dict[str, Any]]) -> int:
     """Do the jobs until one fails; returns the main job's exit code, or 0."""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it remembers the job before
-    for words in jobs:
-        of_logits = words["logits"]
-        job = Job(**{**words, "logits": of_logits and LogitsJob(**of_logits)})
-        with reordered(job.seed):
+    jobs = [
+        Job(**{**each, "logits": each["logits"] and LogitsJob(**each["logits"])}) for each in words
+    ]
+    import_all(jobs)
+    for job in jobs:
+        folder = Path(job.folder)
+        if job.after is not None:
+            wait_for(Path(job.after))
+        with reordered(job.seed), recorded_logits(folder / "heads.pt" if job.training else None):
             os.environ["MASTER_PORT"] = str(job.ports[0])
             if job.training and (code := train.main(job.training)):
                 return code
-            forget_microbatches()
+        forget_microbatches()
+        with reordered(job.seed):
             if job.logits is not None:
                 os.environ["MASTER_PORT"] = str(job.ports[1])
                 write_logits(job.logits)
         if os.environ.get("RANK", "0") == "0":
-            Path(job.done).touch()
+            (folder / DONE).touch()
     return 0
+
+
+def import_all(jobs: list[Job]) -> None:
+    """What a training imports, on its device: before the first wait, as it takes long."""
+    for job in jobs:
+        if job.training:
+            options = train.parse_arguments(job.training)
+            environment = detect_environment()
+            words = (options.overrides, environment, options.config_dir)
+            device.prepare_device(load_settings(*words, with_files=False), environment)
+
+            import megatron_kanana.training.loop  # noqa: F401
+
+            return
+
+
+def wait_for(folder: Path) -> None:
+    """Wait until the job of a folder has ended.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    while not (folder / DONE).exists():
+        if (folder / FAILED).exists():
+            raise RuntimeError(f"{folder.name} was not done")
+        time.sleep(0.05)
 
 
 def write_logits(job: LogitsJob) -> None:

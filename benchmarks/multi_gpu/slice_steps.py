@@ -1,6 +1,7 @@
 """The processes of `speed`: steps of a slice with experts over all of them, timed in turns.
 
-Arguments: those of `speed`, and --output FILE, to which the first process writes what it measured.
+Arguments: those of `speed`, --output FILE, to which the first process writes what it measured, and
+--turn FILE, which is there once it may begin.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,10 @@ class Steps:
         environment = detect_environment()
         self.settings = slice_settings(options, environment)
         self.device = device.prepare_device(self.settings, environment)
+        import megatron_kanana.training.run  # noqa: F401  before the turn, as it takes long
+
+        while not options.turn.exists():
+            time.sleep(0.1)
         device.initialize_process_groups(self.settings, self.device)
 
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -64,7 +70,7 @@ class Steps:
             slices.free(self.slices)
         self.time_update()
         self.write()
-        if not self.options.ours_alone and dist.get_world_size() > 1 and self.device.is_cuda:
+        if self.options.all_peers and dist.get_world_size() > 1 and self.device.is_cuda:
             for name in (PEER, PEER_MICROBATCHES):  # the last may hang; all else is written
                 self.build(name)
                 self.time_steps()
@@ -165,7 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     step_options(parser)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--turn", type=Path, required=True)
     parser.add_argument("--ours-alone", action="store_true")
+    parser.add_argument("--all-peers", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     steps = Steps(options)

@@ -3,13 +3,15 @@
 python -m benchmarks.multi_gpu.speed --processes 1 2 4 --name speed_4_h100
 
 The same slice, with experts over all processes and as many tokens a process, runs on each number
-of processes, one start after another. The card has tokens a second and process, the part of a step
-that communication takes (docs/multi_gpu.md), bandwidth of all-to-alls, and scaling efficiency.
+of processes, one after another: all start at once and wait for their turn. The card has tokens a
+second and process, the part of a step that communication takes (docs/multi_gpu.md), bandwidth of
+all-to-alls, and scaling efficiency.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -64,23 +66,35 @@ def measured(options: argparse.Namespace, work: Path) -> dict[int, Found | str]:
     found: dict[int, Found | str] = {}
     names = ["model", "layers", "sequences", "sequence_length", "microbatches", "rounds", "repeats"]
     words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+    words += ["--overrides", *options.overrides]
     on_cuda = options.device == "cuda"
-    for processes in options.processes:
-        output = work / f"speed_{processes}.json"
-        place = Place(on_cuda, tuple(range(processes)) if on_cuda else ())
-        arguments = [*words, f"--output={output}"]
-        arguments += ["--ours-alone"] if options.ours_alone else []
-        arguments += ["--overrides", *options.overrides]
-        log = work / f"speed_{processes}.log"
-        command = starts.command(MODULE, arguments, processes, place)
-        failure = starts.run(command, place, log, end - time.monotonic())
-        if not output.exists():
-            found[processes] = failure
-            continue
-        of_these: Found = json.loads(output.read_text())
-        if failure:
-            of_these["not run"].append(f"the rest: {failure}")
-        found[processes] = of_these
+    with contextlib.ExitStack() as stack:
+        waiting = []
+        for processes in options.processes:
+            output = work / f"speed_{processes}.json"
+            log, turn = output.with_suffix(".log"), output.with_suffix(".turn")
+            place = Place(on_cuda, tuple(range(processes)) if on_cuda else ())
+            arguments = [f"--output={output}", f"--turn={turn}", *words]
+            if options.ours_alone:
+                arguments.insert(0, "--ours-alone")
+            elif processes == max(options.processes):
+                arguments.insert(0, "--all-peers")
+            command = starts.command(MODULE, arguments, processes, place)
+            process = stack.enter_context(starts.started(command, place, log))
+            waiting.append((processes, process, output, log, turn))
+        for index, (processes, process, output, log, turn) in enumerate(waiting):
+            turn.touch()
+            share = (end - time.monotonic()) / (len(waiting) - index)
+            failure = starts.wait(process, log, share)
+            if process.poll() is None:
+                starts.end(process)
+            if not output.exists():
+                found[processes] = failure
+                continue
+            of_these: Found = json.loads(output.read_text())
+            if failure:
+                of_these["not run"].append(f"the rest: {failure}")
+            found[processes] = of_these
     return found
 
 

@@ -79,23 +79,33 @@ def started(words: Sequence[str], place: Place, log: Path) -> Iterator[subproces
     try:
         yield process
     finally:
-        if process.poll() is None:
-            # torchrun hands SIGTERM on to its processes, which may have sessions of their own.
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a start, and kill what is left of it."""
+    if process.poll() is None:
+        # torchrun hands SIGTERM on to its processes, which may have sessions of their own.
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run(words: Sequence[str], place: Place, log: Path, seconds: float) -> str:
     """Wait for a start; what went wrong, or an empty text."""
     with started(words, place, log) as process:
-        try:
-            code = process.wait(max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            return f"no end after {seconds:.0f} s"
+        return wait(process, log, seconds)
+
+
+def wait(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str:
+    """Wait for what was started; what went wrong, or an empty text."""
+    try:
+        code = process.wait(max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        return f"no end after {seconds:.0f} s"
     return "" if code == 0 else f"ended with {code}: {last_error(log)}"
 
 

@@ -27,6 +27,12 @@ NOISE = "another order of summation"
 NOISE_MICRO_BATCHES = (1, 2, 4, 1)
 """Sequences of a microbatch in each of the noise runs, whose gradients so have another order."""
 
+THRESHOLD = next(
+    float(word.rpartition("=")[2])
+    for word in MUON
+    if word.startswith("optimizer.qk_clip_threshold")
+)
+"""Logit above which QK-Clip scales a head down."""
 CUDA_BF16_MODEL = (
     "model.hidden_size=128",
     "model.qk_nope_head_dim=128",
@@ -41,9 +47,9 @@ CUDA_BF16_MODEL = (
 class Lengths:
     """Steps after which runs save, resume and end."""
 
-    start: int = 3
-    middle: int = 6
-    end: int = 9
+    start: int = 2
+    middle: int = 4
+    end: int = 6
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class Suite:
         dtype: 'fp32' or 'bf16'.
         folder: of everything the runs write.
         on_cuda: on GPUs, whose kernels have other sizes.
-        processes: at most, of a run.
+        processes: that are there.
+        counts: numbers of processes of the layouts.
         names: layouts to take; without any, all.
         lengths: of the runs.
     """
@@ -84,6 +91,7 @@ class Suite:
     folder: Path
     on_cuda: bool
     processes: int
+    counts: tuple[int, ...]
     names: tuple[str, ...] = ()
     lengths: Lengths = field(default_factory=Lengths)
 
@@ -117,13 +125,14 @@ class Suite:
         for seed, size in enumerate(NOISE_MICRO_BATCHES):
             words = (f"schedule.micro_batch_size={size}", "kernels.linear_backend=torch")
             yield Run(f"{NOISE}, {seed}", 1, words, seed=seed)
-        yield from (run for run in self.split_runs() if run.processes == 1)
+        if 1 in self.counts:
+            yield from self.split_runs(1)
 
-    def split_runs(self) -> Iterator[Run]:
-        """In every layout for these processes, and from one layout to another."""
+    def split_runs(self, *counts: int) -> Iterator[Run]:
+        """In every layout for these numbers of processes, and from one layout to another."""
         found: dict[frozenset[str], Run] = {}
         for name, (processes, words) in layouts(self.processes).items():
-            if processes <= self.processes and self.processes % processes == 0:
+            if processes in counts:
                 found.setdefault(frozenset((*words, str(processes))), Run(name, processes, words))
         runs = [run for run in found.values() if not self.names or run.name in self.names]
         yield from runs
@@ -143,14 +152,15 @@ class Suite:
 
 
 def layouts(processes: int) -> Layouts:
-    """Those of the tests, and experts over all processes."""
+    """Experts over all processes, further products, and those of the tests."""
     more: Layouts = {
+        f"EP{processes}": (processes, (f"parallel.expert_parallel_size={processes}",)),
+        "TP4": (4, ("parallel.tensor_parallel_size=4",)),
         "PP2 with 2 virtual stages x DP2": (4, (PIPELINE, VIRTUAL)),
         "EP2 x expert-TP2": (4, (EXPERT, EXPERT_TENSOR)),
         "TP2 x EP2 x DP2": (4, (TENSOR, EXPERT)),
-        f"EP{processes}": (processes, (f"parallel.expert_parallel_size={processes}",)),
     }
-    return {**LAYOUTS, **MUON_LAYOUTS, **more}
+    return {**more, **LAYOUTS, **MUON_LAYOUTS}
 
 
 def folder_name(run: str) -> str:

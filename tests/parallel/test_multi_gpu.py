@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.multi_gpu import comparison, correctness, speed
+from benchmarks.multi_gpu.chains import Chain, Task, run_chains
+from benchmarks.multi_gpu.heads import ClippedHeads, clipped_heads
+from benchmarks.multi_gpu.starts import Place
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -41,6 +46,34 @@ def test_a_difference_above_its_tolerance_fails(difference: float) -> None:
     verdict = comparison.Verdict("fp32, AdamW, TP2", "losses", difference, 1e-5, "of the tests")
     assert not verdict.passes
     assert str(verdict).startswith("FAIL")
+
+
+def test_only_heads_at_the_threshold_may_be_clipped_otherwise() -> None:
+    theirs = torch.tensor([[[1.001, 0.5, 2.0], [0.999, 0.5, 0.2]]])
+    at_the_threshold, another = theirs.clone(), theirs.clone()
+    at_the_threshold[0, 0, 0] = 0.999
+    another[0, 1, 1] = 1.2
+    # A layer's tolerance is of its largest logit: 0.002 and 0.001.
+    assert clipped_heads(at_the_threshold, theirs, 1.0, 1.01e-3) == ClippedHeads(2, 0)
+    assert clipped_heads(another, theirs, 1.0, 1.01e-3) == ClippedHeads(2, 1)
+    assert clipped_heads(at_the_threshold, theirs, 1.0, 1e-4) == ClippedHeads(0, 1)
+
+
+def test_what_a_failed_job_would_have_written_is_not_waited_for(tmp_path: Path) -> None:
+    def task(name: str, after: str | None = None) -> Task:
+        wrong = ("no_such_setting=1",)
+        return Task(tmp_path / name, wrong, after=None if after is None else tmp_path / after)
+
+    chains = [
+        Chain(tmp_path / "first.log", [task("start")], 1, Place(on_cuda=False)),
+        Chain(
+            tmp_path / "second.log", [task("a", "start"), task("b", "a")], 1, Place(on_cuda=False)
+        ),
+    ]
+    failures = run_chains(chains, 2, time.monotonic() + 60)
+    assert "no_such_setting" in (tmp_path / "first.log").read_text()
+    assert failures[tmp_path / "b"] == "a was not done"
+    assert set(failures) == {tmp_path / name for name in ("start", "a", "b")}
 
 
 def test_a_slice_is_timed_beside_its_peer(tmp_path: Path) -> None:
