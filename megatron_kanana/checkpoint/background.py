@@ -47,8 +47,12 @@ class Work:
         self._started = time.monotonic()
         self._outcome: Outcome | None = None
         self._process: Any = None
+        # Page-locked memory, which copies from a GPU lie in, is the same in a forked process: what
+        # the function reads must not be given back, and used anew, before it has ended.
+        self._function: Callable[[], Any] | None = function
         if not background:
             self._outcome = _attempt(function)
+            self._function = None
             return
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
@@ -66,6 +70,8 @@ class Work:
         """What came of it; None while it goes on."""
         if self._outcome is None:
             self._outcome = self._look()
+        if self._outcome is not None:
+            self._function = None
         return self._outcome
 
     def _look(self) -> Outcome | None:

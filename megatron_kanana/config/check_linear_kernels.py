@@ -44,5 +44,8 @@ def check_rope_kernels(settings: Settings, environment: Environment) -> Iterator
     elif resolve_precision(settings.precision.compute, device) == "fp32":
         reason = "is for bf16, not precision.compute = fp32"
         yield Problem(name, backend, reason, f"set precision.compute=bf16, or {remedy}")
+    if settings.kernels.deterministic:
+        reason = "sums over heads in an order that is chosen by timing"
+        yield Problem(name, backend, reason, f"set kernels.deterministic=false, or {remedy}")
     for limit in fused_rope_limits_passed(settings):
         yield Problem(name, backend, f"takes {limit}", remedy)

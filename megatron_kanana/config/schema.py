@@ -352,7 +352,8 @@ class KernelSettings:
     )
     deterministic: bool = setting(
         False,
-        help="attention's gradients have the same bits run to run; slower on a GPU",
+        help="a run has the same bits each time on a GPU as well; attention's gradients and rotary"
+        " embeddings are slower there",
     )
 
 

@@ -48,7 +48,12 @@ def choose_linear_backend(
 
 
 def choose_rope_backend(
-    requested: str, device_type: str, *, dtype: torch.dtype, limits_passed: Iterable[str]
+    requested: str,
+    device_type: str,
+    *,
+    dtype: torch.dtype,
+    limits_passed: Iterable[str],
+    deterministic: bool = False,
 ) -> str:
     """Pick the backend of rotary embeddings once, at start-up, and log the reason.
 
@@ -57,6 +62,7 @@ def choose_rope_backend(
         device_type: 'cuda' or 'cpu'.
         dtype: of activations.
         limits_passed: what the kernel does not take of the model.
+        deterministic: `kernels.deterministic`.
 
     Raises:
         RuntimeError: what was asked for cannot be used here.
@@ -66,7 +72,7 @@ def choose_rope_backend(
         requested,
         "triton",
         "triton found",
-        lambda: _triton_error(device_type, dtype, limits_passed),
+        lambda: _triton_error(device_type, dtype, limits_passed, deterministic=deterministic),
     )
     logger.info("rotary embeddings: %s (%s)", backend, reason)
     return backend
@@ -82,11 +88,16 @@ def _transformer_engine_error(device_type: str, dtype: torch.dtype) -> str | Non
     return None
 
 
-def _triton_error(device_type: str, dtype: torch.dtype, limits_passed: Iterable[str]) -> str | None:
+def _triton_error(
+    device_type: str, dtype: torch.dtype, limits_passed: Iterable[str], *, deterministic: bool
+) -> str | None:
     if device_type != "cuda":
         return "megatron-core's kernel is for CUDA devices"
     if dtype != torch.bfloat16:
         return f"megatron-core's kernel is for bfloat16, not {dtype}"
+    if deterministic:
+        # Each start times how many heads a block takes, by which their gradients are summed.
+        return "megatron-core's kernel sums over heads in an order that is chosen by timing"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     for limit in limits_passed:

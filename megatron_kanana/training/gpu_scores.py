@@ -7,10 +7,13 @@ beside the fastest: 1 is as fast, 0.5 half as fast.
 from __future__ import annotations
 
 import importlib
+import logging
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class GpuScores:
@@ -43,11 +46,18 @@ class GpuScores:
 
 
 def gpu_scores(device: torch.device) -> GpuScores | None:
-    """The detector for a GPU; None on a CPU and where nvidia-resiliency-ext is not installed."""
+    """The detector for a GPU; None on a CPU and where nvidia-resiliency-ext cannot be used.
+
+    It is built for one version of CUPTI, which torch for another version of CUDA does not bring.
+    """
     if device.type != "cuda":
         return None
     try:
         package = importlib.import_module("nvidia_resiliency_ext.straggler")
     except ImportError:
         return None
-    return GpuScores(package.Detector)
+    try:
+        return GpuScores(package.Detector)
+    except (ImportError, RuntimeError) as error:
+        logger.info("nvidia-resiliency-ext cannot time kernels here: %s", error)
+        return None

@@ -183,6 +183,7 @@ def choose_backends(settings: Settings, device: Device) -> Backends:
         device.torch_device.type,
         dtype=device.dtype,
         limits_passed=fused_rope_limits_passed(settings),
+        deterministic=kernels.deterministic,
     )
     loss = choose_loss_backend(kernels.loss_backend, device.torch_device.type)
     experts_fp8 = choose_fp8_experts(

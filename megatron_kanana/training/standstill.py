@@ -84,15 +84,31 @@ def current_operation(main_thread: int) -> tuple[Operation | None, str]:
         found = _waiting_frame(frame)
         if found is not None:
             return _operation(found), at
-    return recorded_operation(at), at
+    try:
+        return recorded_operation(at), at
+    except (KeyError, TypeError, ValueError):  # another torch's form: the rest is told all the same
+        return None, at
+
+
+def nccl_trace(*, only_active: bool) -> str | None:
+    """torch's flight recorder of NCCL's operations, as JSON; None in builds without NCCL.
+
+    Args:
+        only_active: leaves out operations that have ended.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    if dump is None:
+        return None
+    trace: str | bytes = dump(includeCollectives=True, onlyActive=only_active)
+    return trace if isinstance(trace, str) else trace.decode()
 
 
 def recorded_operation(at: str) -> Operation | None:
     """The first of NCCL's operations that has not ended, by torch's flight recorder."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
-    if dump is None:
+    dumped = nccl_trace(only_active=True)
+    if dumped is None:
         return None
-    trace = json.loads(dump(includeCollectives=True, onlyActive=True))
+    trace = json.loads(dumped)
     entries = [entry for entry in trace.get("entries", ()) if entry["state"] != "completed"]
     if not entries:
         return None

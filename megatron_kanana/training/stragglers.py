@@ -3,7 +3,7 @@
 All processes take the same time for a step, as each waits for the slowest. So the time that counts
 is a process's own, without its waiting in collective operations; the watchdog's thread looks ten
 times a second at which of the two the main thread is. GPUs compute beside it, so there the time is
-that of a product of matrices (`_probe`), measured beside the comparison, and of the kernels of the
+that of products of matrices (`probe`), measured beside the comparison, and of the kernels of the
 step before it where nvidia-resiliency-ext can time them (`gpu_scores.py`).
 """
 
@@ -23,7 +23,7 @@ from megatron.core import parallel_state
 
 from megatron_kanana.config.watchdog_settings import WatchdogSettings
 
-from .gpu_scores import gpu_scores
+from .gpu_scores import GpuScores, gpu_scores
 from .records import Recorder
 from .standstill import is_waiting
 
@@ -31,7 +31,8 @@ Arguments = ParamSpec("Arguments")
 T = TypeVar("T")
 
 _FEWEST_PEERS = 3
-_PROBE_SIZE, _PROBE_REPETITIONS = 2048, 5
+_PROBE_SIZE, _PROBE_PRODUCTS, _PROBE_REPETITIONS = 4096, 8, 5
+"""Each repetition takes 1 to 2 ms on a GPU of today: beside that, launching it is nothing."""
 
 
 class OwnTime:
@@ -81,7 +82,7 @@ class Stragglers:
         self._interval = settings.straggler_interval if settings.enabled else 0
         self._factor = settings.straggler_factor
         self._own_time, self._device = own_time, device
-        self._scores = gpu_scores(device) if self._interval else None
+        self._scores = _scores_everywhere(device) if self._interval else None
         self._steps = 0
 
     def timed(self, step: Callable[Arguments, T], *a: Arguments.args, **k: Arguments.kwargs) -> T:
@@ -98,7 +99,7 @@ class Stragglers:
             return
         own = self._own_time.take() / self._steps
         if self._device.type == "cuda":
-            own = _probe(self._device)
+            own = probe(self._device)
         self._steps = 0
         comparison = self._compare(own)
         slow_gpus = {} if self._scores is None else self._scores.slow(self._factor)
@@ -155,14 +156,27 @@ def describe(comparison: Comparison, rank: int) -> str:
     )
 
 
-def _probe(device: torch.device) -> float:
-    """Seconds of a product of matrices on this GPU, by the median of some."""
+def _scores_everywhere(device: torch.device) -> GpuScores | None:
+    """The detector, if every process has one: it compares all of them."""
+    scores = gpu_scores(device)
+    if device.type == "cuda":
+        without = torch.tensor([int(scores is None)], device=device)
+        dist.all_reduce(without)
+        if without.item():
+            return None
+    return scores
+
+
+def probe(device: torch.device) -> float:
+    """Seconds that some products of matrices take on this GPU, by the median of repetitions."""
     matrix = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=torch.bfloat16, device=device)
+    product = torch.empty_like(matrix)
     times = []
     for _ in range(_PROBE_REPETITIONS):
         torch.cuda.synchronize(device)
         begin = time.perf_counter()
-        matrix @ matrix
+        for _ in range(_PROBE_PRODUCTS):
+            torch.mm(matrix, matrix, out=product)
         torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
     return statistics.median(times)

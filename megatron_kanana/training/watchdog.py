@@ -34,7 +34,7 @@ from megatron_kanana.config.watchdog_settings import HANGS
 from megatron_kanana.device.process import start_name
 
 from .processes import Place, kill, state_of, this_place
-from .standstill import Operation, Report, current_operation, describe
+from .standstill import Operation, Report, current_operation, describe, nccl_trace
 from .stragglers import OwnTime
 
 logger = logging.getLogger(__name__)
@@ -232,13 +232,15 @@ class Watchdog:
         return Place(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _dump_stacks(self) -> None:
-        """Write the Python stacks of all threads into the run's folder."""
+        """Write the Python stacks of all threads into the run's folder, and NCCL's operations."""
         folder = self._folder / start_name()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"stacks_of_rank_{self._rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
+            if operations := nccl_trace(only_active=False):
+                (folder / f"nccl_of_rank_{self._rank}.json").write_text(operations)
+        except Exception as error:  # this process leaves all the same
             print(f"the stacks cannot be written: {error}", file=sys.stderr)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 

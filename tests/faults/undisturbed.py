@@ -52,17 +52,17 @@ def _by_process(path: Path) -> Iterator[Fed]:
 
 def differences(ours: Outcome, undisturbed: Outcome) -> list[str]:
     """Everything in which a disturbed run differs from the undisturbed one."""
-    found = [*_different_tensors(ours.tensors, undisturbed.tensors)]
+    found = [*different_tensors(ours.tensors, undisturbed.tensors)]
     if ours.ledger != undisturbed.ledger:
         found.append(f"ledger: {ours.ledger} instead of {undisturbed.ledger}")
-    found += _different_records(ours.records, undisturbed.records)
+    found += different_records(ours.records, undisturbed.records)
     found += _different_samples(ours.fed, undisturbed.fed)
     if ours.checkpoints != undisturbed.checkpoints:
         found.append(f"checkpoints: {ours.checkpoints} instead of {undisturbed.checkpoints}")
     return found
 
 
-def _different_tensors(
+def different_tensors(
     ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 ) -> Iterator[str]:
     if ours.keys() != theirs.keys():
@@ -74,7 +74,7 @@ def _different_tensors(
             yield f"tensor {name} differs"
 
 
-def _different_records(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iterator[str]:
+def different_records(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iterator[str]:
     told, expected = ([record["step"] for record in records] for records in (ours, theirs))
     if told != expected:
         yield f"metrics.jsonl tells of steps {told} instead of {expected}"

@@ -82,6 +82,7 @@ def test_a_cpu_leaves_fp8_out_and_says_so(
     [
         ("cuda", BF16, [], "triton", "triton found"),
         ("cuda", BF16, ["24 heads"], "torch", "takes 24 heads"),
+        ("cuda", BF16, [], "torch", "chosen by timing"),
         ("cuda", FP32, [], "torch", "for bfloat16"),
         ("cpu", BF16, [], "torch", "for CUDA devices"),
     ],
@@ -97,6 +98,7 @@ def test_rotary_embeddings_are_chosen_with_a_reason(
 ) -> None:
     caplog.set_level(logging.INFO)
     options: dict[str, Any] = {"dtype": dtype, "limits_passed": limits}
+    options["deterministic"] = reason == "chosen by timing"
     assert choose_rope_backend("auto", device, **options) == backend
     (line,) = caplog.messages
     assert line.startswith(f"rotary embeddings: {backend} (")

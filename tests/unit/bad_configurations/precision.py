@@ -208,6 +208,13 @@ PRECISION = {
         "set precision.compute=bf16",
         CUDA_MACHINE,
     ),
+    "GPU kernel of rotary embeddings in a deterministic run": Bad(
+        ("kernels.rope_backend=triton", "kernels.deterministic=true"),
+        "kernels.rope_backend",
+        "triton",
+        "set kernels.deterministic=false, or choose torch or auto",
+        CUDA_MACHINE,
+    ),
     "GPU kernel of rotary embeddings for 24 heads": Bad(
         ("kernels.rope_backend=triton", "model.num_attention_heads=24"),
         "kernels.rope_backend",
