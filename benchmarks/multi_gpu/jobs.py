@@ -80,7 +80,7 @@ def main(words: list[dict[str, Any]]) -> int:
             os.environ["MASTER_PORT"] = str(job.ports[0])
             if job.training and (code := train.main(job.training)):
                 return code
-        forget_microbatches()
+        forget_run()
         with reordered(job.seed):
             if job.logits is not None:
                 os.environ["MASTER_PORT"] = str(job.ports[1])
@@ -133,16 +133,20 @@ def write_logits(job: LogitsJob) -> None:
     logits = logits_of(model.chunks, tokens)
     if logits is not None and environment.rank == environment.world_size - 1:
         torch.save(logits, job.output)
-    forget_microbatches()
+    forget_run()
     torch.distributed.barrier()
     device.destroy_process_groups()
 
 
-def forget_microbatches() -> None:
-    """So that another run can have other batches."""
+def forget_run() -> None:
+    """So that another run can have other batches and layers."""
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     unset_num_microbatches_calculator()
+    get_moe_layer_wise_logging_tracker().clear()
+    MTPLossLoggingHelper.tracker.clear()
 
 
 if __name__ == "__main__":
