@@ -2,11 +2,16 @@
 
 python -m benchmarks.planner_calibration --name planner_calibration_h200
 
-Steps of MuonClip on random tokens are timed in each setting that this version trains in: bf16, with
-each `--attention`, with and without computing activations again. The card has step time and peak
-memory of torch, and as peer what `megatron_kanana.planning` predicts for the same attention. On a
-CPU, for which nothing is predicted, there are times alone, with the attention of
-`kernels.backend=auto`.
+Steps of MuonClip on random tokens are timed in each setting: the groups of `precision`, each with
+every choice of what is computed again. The card has, with what `megatron_kanana.planning` predicts
+as peer: a step, its passes alone (forward and backward, all microbatches), peak memory, and memory
+between steps; and how long the host takes to launch a microbatch's passes. On a CPU, for which
+nothing is predicted, there are times alone. `python -m tools.plan --errors` reads the cards
+planner_calibration_h100 and planner_calibration_h200.
+
+A setting that fails is noted, and the others run. What was measured is printed, and the card
+written anew, after each. Processes start all at once and wait for their turn, as one takes longer
+to import than to measure.
 """
 
 from __future__ import annotations
@@ -18,14 +23,17 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from megatron_kanana.config import Settings
 from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
-from megatron_kanana.planning.calibration import TORCH
+from megatron_kanana.planning.calibration import KANANA
+from megatron_kanana.planning.errors import UPDATE_PARTS
 from megatron_kanana.planning.machines import MACHINES, Machine
 from megatron_kanana.planning.plan import Plan, job_of, plan
 
@@ -33,8 +41,18 @@ from .card import RESULTS_DIR, Row, write_card
 from .optimizer_step import random_microbatches
 from .several_runs import OneProcess, settings_of
 
-ATTENTION = ("csrc", "sdpa")
-RECOMPUTE = ("none", "full")
+PRECISIONS = ("bf16", "fp8_blockwise", "fp8_blockwise_experts")
+RECOMPUTE = {
+    "none": ("parallel.recompute=none",),
+    "parts": (
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[norms,up_projections]",
+    ),
+    "full": ("parallel.recompute=full",),
+}
+WARM_UP = 2
+LONGEST_SECONDS = 120.0
+"""That a setting may take."""
 GIB = 2**30
 
 
@@ -49,72 +67,192 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, default=2, help="of a microbatch")
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--microbatches", type=int, default=4, help="of a step")
-    parser.add_argument("--steps", type=int, default=5, help="timed, after two that are not")
+    parser.add_argument("--steps", type=int, default=5, help=f"timed, after {WARM_UP} that are not")
     parser.add_argument(
-        "--attention", nargs="+", default=ATTENTION, choices=ATTENTION, help="csrc needs Hopper"
+        "--precisions", nargs="+", default=PRECISIONS, help="groups of `precision`; fp8 needs a GPU"
+    )
+    parser.add_argument("--recompute", nargs="+", default=[*RECOMPUTE], choices=RECOMPUTE)
+    parser.add_argument(
+        "--attention", nargs="+", default=["csrc"], choices=("csrc", "sdpa"), help="on a GPU"
     )
     parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"))
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the built-in tokenizer")
     parser.add_argument("--cache-dir", type=Path, help="where that tokenizer may be already")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR)
     options = parser.parse_args(arguments)
+    on_gpu = torch.cuda.is_available()
+    cases = itertools.product(
+        options.attention if on_gpu else ("auto",),
+        options.precisions if on_gpu else ("auto",),
+        options.recompute,
+    )
     rows: list[Row] = []
+    notes = [
+        f"{options.layers} layers of {options.model}, {options.microbatches} microbatches of"
+        f" {options.sequences} x {options.sequence_length} tokens, {options.optimizer}."
+    ]
     with tempfile.TemporaryDirectory() as folder:
         options.cache_dir = options.cache_dir or Path(folder)
-        backends = options.attention if torch.cuda.is_available() else ("auto",)
-        for backend, recompute in itertools.product(backends, RECOMPUTE):
-            if not torch.cuda.is_available():
-                rows += measure(backend, recompute, options)
-                continue
-            # In a process of its own, which leaves no memory behind.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                rows += pool.submit(measure, backend, recompute, options).result()
-    print(write_card(options.name, rows, options.results_dir).read_text())
+        waiting = [Case(*case, options) for case in cases]
+        # Random tokens need no tokenizer beside the vocabulary's size; the settings ask for one.
+        prepare_builtin_data(
+            builtin_data(options.cache_dir, options.vocabulary), options.vocabulary
+        )
+        for case in waiting:
+            found = case.result()
+            if isinstance(found, str):
+                notes.append(f"not run: {case.name}: {found}")
+                print(notes[-1], flush=True)
+            else:
+                rows += found
+                for row in found:
+                    print(row.name, f"{row.ours:.4f} {row.unit}", row.peer_value, flush=True)
+            path = write_card(options.name, rows, options.results_dir, notes)
+    print(path)
 
 
-def measure(backend: str, recompute: str, options: argparse.Namespace) -> list[Row]:
+class Case:
+    """One setting in a process of its own, which leaves no memory behind; starts it.
+
+    Attributes:
+        name: for rows and notes.
+    """
+
+    def __init__(
+        self, attention: str, precision: str, recompute: str, options: argparse.Namespace
+    ) -> None:
+        words = [] if attention == "auto" else [precision, f"attention {attention}"]
+        self.name = ", ".join([*words, f"recompute {recompute}"])
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        arguments = (theirs, self.name, attention, precision, recompute, options)
+        self._process = context.Process(target=_take_turn, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def result(self) -> list[Row] | str:
+        """Let it measure, and wait: its rows, or why there are none."""
+        try:
+            self._ours.send("go")
+            if not self._ours.poll(LONGEST_SECONDS):
+                return f"takes more than {LONGEST_SECONDS:.0f} s"
+            found: list[Row] | str = self._ours.recv()
+            return found
+        except (EOFError, OSError):
+            self._process.join(5)
+            return f"its process ended with status {self._process.exitcode}"
+        finally:
+            self._process.join(10)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+
+
+def _take_turn(
+    connection: Connection,
+    name: str,
+    attention: str,
+    precision: str,
+    recompute: str,
+    options: argparse.Namespace,
+) -> None:
+    _import_slow_packages()
+    connection.recv()
+    try:
+        connection.send(measure(name, attention, precision, recompute, options))
+    except Exception as error:  # the other settings run nevertheless
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        connection.send(reason[:400])
+
+
+def _import_slow_packages() -> None:
+    """Not megatron-core, which patches come before."""
+    if torch.cuda.is_available():
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+        except ImportError:
+            return
+
+
+def measure(
+    name: str, attention: str, precision: str, recompute: str, options: argparse.Namespace
+) -> list[Row]:
     """Rows of one setting."""
+    on_gpu = torch.cuda.is_available()
+    kernels = [f"kernels.backend={attention}"]
+    if on_gpu:
+        kernels += ["kernels.moe_backend=csrc", "kernels.loss_backend=csrc"]
+        kernels += ["kernels.linear_backend=te", "kernels.rope_backend=triton"]
     settings = settings_of(
         [
             *(f"model={options.model}", f"model.num_layers={options.layers}"),
             f"model.vocab_size={options.vocabulary}",
-            *(f"optimizer={options.optimizer}", f"parallel.recompute={recompute}"),
-            f"kernels.backend={backend}",
-            *(f"data.cache_dir={options.cache_dir}", "precision=auto"),
+            *(f"optimizer={options.optimizer}", *RECOMPUTE[recompute], *kernels),
+            *(f"data.cache_dir={options.cache_dir}", f"precision={precision}"),
             f"data.sequence_length={options.sequence_length}",
             f"schedule.micro_batch_size={options.sequences}",
             f"schedule.global_batch_size={options.sequences * options.microbatches}",
         ]
     )
-    tokenizer = builtin_data(options.cache_dir, options.vocabulary)
-    prepare_builtin_data(tokenizer, options.vocabulary)
-    # The tokens are random, so any tokenizer will do beside the model's own vocabulary.
-    settings.data.tokenizer = str(tokenizer.tokenizer)
-    if torch.cuda.is_available():
+    settings.data.tokenizer = str(builtin_data(options.cache_dir, options.vocabulary).tokenizer)
+    if on_gpu:
         settings.model.vocab_size = 128256
     run = OneProcess(settings).build(settings)
 
-    from megatron_kanana.training.step import train_step
+    from megatron_kanana.training.step import run_schedule, train_step
 
     iterators = [random_microbatches(settings)]
-    times = []
-    for _ in range(2 + options.steps):
-        _synchronize()
-        start = time.perf_counter()
+
+    def step() -> None:
         train_step(run, iterators)
-        _synchronize()
-        times.append(time.perf_counter() - start)
-    step = statistics.median(times[2:])
+
+    def passes(microbatches: int = options.microbatches) -> None:
+        for chunk in run.chunks:
+            chunk.zero_grad_buffer()
+        run_schedule(run, iterators, microbatches, forward_only=False)
+
+    steps = [_seconds(step)[1] for _ in range(WARM_UP + options.steps)][WARM_UP:]
+    memory = _memory()
+    repeats = max(2, options.steps // 2)
+    of_passes = [_seconds(passes)[1] for _ in range(repeats)]
+    # A single one: with more, the queue of launches is full, and the host waits for the GPU.
+    of_host = [_seconds(partial(passes, 1))[0] for _ in range(repeats)]
     found = prediction(settings)
-    time_predicted = None if found is None else found.step
-    memory_predicted = None if found is None else found.peak_memory / GIB
-    attention = "" if backend == "auto" else f"attention {backend}, "
-    setting = f"{run.device.dtype}, {attention}recompute {recompute}".removeprefix("torch.")
-    rows = [_row(f"{setting}: step", "s", step, time_predicted, options.steps)]
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / GIB
-        rows.append(_row(f"{setting}: peak memory", "GiB", peak, memory_predicted, 1))
+    predicted = None
+    if found is not None:
+        predicted = found.step, found.step - sum(found.parts[part] for part in UPDATE_PARTS)
+    timed = (statistics.median(steps), statistics.median(of_passes))
+    rows = []
+    for index, part in enumerate(("step", "passes")):
+        peer_value = None if predicted is None else predicted[index]
+        runs = options.steps if part == "step" else repeats
+        rows.append(_row(f"{name}: {part}", "s", timed[index], peer_value, runs))
+    host = statistics.median(of_host)
+    rows.append(Row(f"{name}: host's part of a microbatch", "s", host, runs=repeats))
+    if memory is not None:
+        between, peak = (size / GIB for size in memory)
+        peer_value = None if found is None else found.peak_memory / GIB
+        rows.append(_row(f"{name}: peak memory", "GiB", peak, peer_value, 1))
+        peer_value = None if found is None else found.memory[0].held / GIB
+        rows.append(_row(f"{name}: memory between steps", "GiB", between, peer_value, 1))
     return rows
+
+
+def _seconds(work: Callable[[], None]) -> tuple[float, float]:
+    """Until an idle GPU was given the work, and until it was done."""
+    _synchronize()
+    start = time.perf_counter()
+    work()
+    launched = time.perf_counter() - start
+    _synchronize()
+    return launched, time.perf_counter() - start
+
+
+def _memory() -> tuple[int, int] | None:
+    """Bytes allocated now, and at most so far; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
 
 
 def prediction(settings: Settings) -> Plan | None:
@@ -122,7 +260,7 @@ def prediction(settings: Settings) -> Plan | None:
     machine = this_machine()
     if machine is None:
         return None
-    job = job_of(settings, 1, machine, TORCH)
+    job = job_of(settings, 1, machine, KANANA)
     return plan(job, settings.optimizer)
 
 

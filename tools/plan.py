@@ -111,13 +111,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     plan.add_argument(
         "--implementation",
-        default="torch",
-        choices=("torch", "transformer_engine", "transformer_engine_deepep"),
+        default="megatron_kanana",
+        choices=("megatron_kanana", "transformer_engine", "transformer_engine_deepep"),
         help="who computes the layers: this version (the default), or megatron-core's with"
         " Transformer Engine, with or without DeepEP",
     )
     plan.add_argument(
-        "--fp8", action="store_true", help="projections and experts in fp8, which needs it"
+        "--fp8",
+        action="store_true",
+        help="projections and experts in fp8, for an --implementation that is not this version;"
+        " else precision says it",
     )
     plan.add_argument(
         "--expert-load",
@@ -136,6 +139,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     errors.add_argument(
         "--leave-one-out", action="store_true", help="fit again without each figure: a minute"
     )
+    errors.add_argument(
+        "--fit",
+        action="store_true",
+        help="print what numbers of calibration.py fit this version's figures best",
+    )
+    errors.add_argument(
+        "--table-in", type=Path, help="Markdown file whose table of errors is written anew"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.processes is None and not options.errors:
         parser.error("--processes is needed: GPUs of the whole job")
@@ -145,10 +156,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def report_errors(options: argparse.Namespace) -> int:
     """Print predictions beside measurements; returns the exit code."""
     from megatron_kanana.planning.errors import compare
-    from megatron_kanana.planning.report import comparison_lines, comparison_values
+    from megatron_kanana.planning.report import (
+        comparison_lines,
+        comparison_values,
+        fit_lines,
+        with_table,
+    )
 
     comparisons = compare(leave_one_out=options.leave_one_out)
-    print("\n".join(comparison_lines(comparisons)))
+    lines = list(comparison_lines(comparisons))
+    print("\n".join(lines))
+    if options.fit:
+        print("\n".join(fit_lines()))
+    if options.table_in is not None:
+        text = options.table_in.read_text(encoding="utf-8")
+        options.table_in.write_text(with_table(text, lines), encoding="utf-8")
     _write(options.json, comparison_values(comparisons))
     return 0
 

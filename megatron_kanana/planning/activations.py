@@ -17,9 +17,13 @@ width s, E experts, and two bytes an element:
 | router | csrc: logits, choice, order 4E + 16K + 4; torch: 16E + 16K + 8 | 17E + 28K + 12 |
 | loss, V words | `output_bytes` | logits 2V, overwritten by their gradient |
 
-Where tokens come from other processes, csrc's experts keep what comes (`arrived_bytes`). Versions
-before `kernels.moe` kept 2Kd + 12Kn, 10s and 17E + 32K + 12, those before
-`kernels.linear_cross_entropy` a softmax of 4V, while logits of 2V existed.
+Where tokens come from other processes, csrc's experts keep what comes (`arrived_bytes`).
+
+In fp8 a projection keeps its input in blocks of e4m3, 1 + 1/32 bytes an element, and each has one
+of its own: query and key-value down-projections two, where 2d bytes in bf16 serve both. The output
+projection keeps attention's own output, and projections behind a norm that is computed again keep
+its bf16 output, which is gone meanwhile (megatron-core's `set_save_original_input`). csrc's experts
+keep in fp8 what they keep in bf16; megatron-core's keep all their inputs in fp8.
 
 Core attention keeps the same with SDPA and with `csrc`. While SDPA's finds the largest logits there
 are 1,024 rows of them, 6 bytes each; csrc's backward pass holds `attention_backward_bytes`.
@@ -33,19 +37,43 @@ import dataclasses
 import math
 
 from .architecture import Architecture
-from .calibration import Implementation
+from .calibration import FP8_BYTES, Implementation
 from .communication import distinct
 from .layout import Layout, Stage
 
 MAX_LOGIT_ROWS = 1024  # the same of kernels/attention/fused_torch.py
 CHUNK_BYTES = 2**30  # the same of kernels/linear_cross_entropy
+LOSS_CHUNKS_AT_ONCE = 2
+"""Chunks of logits that exist at once: the last one is still there when the next is made."""
 
 
-def attention_bytes(architecture: Architecture) -> dict[str, float]:
-    """Of one token in the attention of one layer, by name; the norm before it included."""
+def attention_bytes(
+    architecture: Architecture,
+    fp8: frozenset[str] = frozenset(),
+    recompute: frozenset[str] = frozenset(),
+) -> dict[str, float]:
+    """Of one token in the attention of one layer, by name; the norm before it included.
+
+    Args:
+        fp8: what computes in fp8, as `layer_times.Job` has it.
+        recompute: what is computed again, as `Layout` has it; what is taken away for it is still
+            in here.
+    """
     hidden, heads = architecture.hidden_size, architecture.num_heads
     query, value = architecture.query_key_dim, architecture.value_dim
+    in_fp8 = "projections" in fp8
+    up_again = "up_projections" in recompute
     result = {"norm": 2.0 * hidden + 4, "projection input": 2.0 * hidden}
+    has_direct_query = architecture.kv_lora_rank is not None and architecture.q_lora_rank is None
+    # A query projection that is computed again keeps its input as it came.
+    query_again = has_direct_query and up_again
+    if in_fp8 and "norms" not in recompute:
+        copies = 1 if architecture.kv_lora_rank is None or query_again else 2
+        result["projection input"] = (copies * FP8_BYTES + (2.0 if query_again else 0.0)) * hidden
+    elif in_fp8 and has_direct_query and not query_again:
+        # megatron-core has the down-projections alone keep what is computed again.
+        result["query projection input"] = FP8_BYTES * hidden
+    of_latent = FP8_BYTES if in_fp8 and not up_again else 2.0  # inputs of up-projections
     keys = heads
     if architecture.kv_lora_rank is None:
         keys = architecture.num_key_value_heads
@@ -53,9 +81,9 @@ def attention_bytes(architecture: Architecture) -> dict[str, float]:
         result["query and key norms"] = (heads + keys) * (2.0 * query + 4)
     else:
         latent = architecture.kv_lora_rank
-        result["latent"] = 2.0 * (latent + architecture.rope_dim) + 4 + 2 * latent
+        result["latent"] = 2.0 * (latent + architecture.rope_dim) + 4 + of_latent * latent
         if architecture.q_lora_rank is not None:
-            result["query latent"] = 4.0 * architecture.q_lora_rank + 4
+            result["query latent"] = (2.0 + of_latent) * architecture.q_lora_rank + 4
     result["query, key, value"] = 2.0 * (heads * query + keys * (query + value))
     result["attention output"] = 2.0 * heads * value + 4 * heads
     return result
@@ -73,28 +101,38 @@ def attention_backward_bytes(architecture: Architecture) -> float:
     return heads * (4 * (query + 2) + 1 / 8) + gradients
 
 
-def gated_bytes(width: int, implementation: Implementation) -> float:
-    """Of one token in SwiGLU and the input of the projection after it."""
-    return (6.0 if implementation.fused else 10.0) * width
-
-
 def feed_forward_bytes(
-    architecture: Architecture, implementation: Implementation, *, is_moe: bool
+    architecture: Architecture,
+    implementation: Implementation,
+    *,
+    is_moe: bool,
+    fp8: frozenset[str] = frozenset(),
+    recompute: frozenset[str] = frozenset(),
 ) -> dict[str, float]:
-    """Of one token in the feed-forward of one layer, by name; the norm before it included."""
+    """Of one token in the feed-forward of one layer, by name; the norm before it included.
+
+    Args:
+        fp8, recompute: as `attention_bytes` takes them.
+    """
     hidden = architecture.hidden_size
     result = {"norm": 2.0 * hidden + 4, "projection input": 2.0 * hidden}
     if not is_moe:
-        result["activation"] = gated_bytes(architecture.ffn_hidden_size, implementation)
+        of_input = FP8_BYTES if "projections" in fp8 else 2.0
+        if not recompute & {"norms", "dense_feed_forward"}:
+            result["projection input"] = of_input * hidden
+        of_width = (4.0 if implementation.fuses_activations else 8.0) + of_input
+        result["activation"] = of_width * architecture.ffn_hidden_size
         return result
     visited, width = architecture.num_experts_per_token, architecture.expert_hidden_size
     experts = implementation.experts
     of_expert, of_visit, of_token = experts.router
     result["router"] = of_expert * architecture.num_experts + of_visit * visited + of_token
-    result["gathered tokens"] = experts.hidden * visited * hidden
-    result["experts"] = experts.width * visited * width
+    saved = 2.0 - FP8_BYTES if experts.quantised_inputs and "experts" in fp8 else 0.0
+    of_hidden = max(0.0, experts.hidden - saved)
+    result["gathered tokens"] = of_hidden * visited * hidden
+    result["experts"] = (experts.width - saved) * visited * width
     if architecture.shared_hidden_size:
-        result["shared experts"] = experts.shared * architecture.shared_hidden_size
+        result["shared experts"] = (experts.shared - saved) * architecture.shared_hidden_size
     return result
 
 
@@ -116,22 +154,22 @@ def layer_bytes(
     implementation: Implementation,
     *,
     is_moe: bool,
-    fp8: bool = False,
+    fp8: frozenset[str] = frozenset(),
 ) -> float:
     """That one layer of one process keeps of a microbatch, with the layout's recompute choice."""
     hidden, tokens = architecture.hidden_size, layout.tokens / layout.tensor
     if layout.has_full_recompute:
         return 2.0 * hidden * tokens
-    attention = attention_bytes(architecture)
-    feed_forward = feed_forward_bytes(architecture, implementation, is_moe=is_moe)
+    attention = attention_bytes(architecture, fp8, layout.recompute)
+    feed_forward = feed_forward_bytes(
+        architecture, implementation, is_moe=is_moe, fp8=fp8, recompute=layout.recompute
+    )
     if is_moe:
         if implementation.experts.single_launch:
             feed_forward["gathered tokens"] += arrived_bytes(architecture, layout)
         for part in ("gathered tokens", "experts"):
             feed_forward[part] *= layout.expert_load
     kept = sum(attention.values()) + sum(feed_forward.values())
-    if fp8:  # inputs of projections, quantised by rows and by columns, beside what is there
-        kept += 2.0 * _projection_inputs(architecture, is_moe=is_moe)
     if "up_projections" in layout.recompute:
         kept -= attention["query, key, value"]
     if "norms" in layout.recompute:
@@ -150,17 +188,23 @@ def stage_bytes(
     implementation: Implementation,
     stage: Stage,
     *,
-    fp8: bool = False,
+    fp8: frozenset[str] = frozenset(),
+    bf16_layers: tuple[int, int] = (0, 0),
 ) -> tuple[float, float]:
-    """What a virtual stage keeps of a microbatch, and what a pass needs beside it for a while."""
+    """What a virtual stage keeps of a microbatch, and what a pass needs beside it for a while.
+
+    Args:
+        fp8, bf16_layers: as `layer_times.Job` has them.
+    """
     hidden, tokens = architecture.hidden_size, layout.tokens
     has_experts = stage.moe + stage.mtp > 0
 
-    def of_layer(is_moe: bool, chosen: Layout) -> float:
-        return layer_bytes(architecture, chosen, implementation, is_moe=is_moe, fp8=fp8)
+    def of_layer(is_moe: bool, chosen: Layout, form: frozenset[str] = fp8) -> float:
+        return layer_bytes(architecture, chosen, implementation, is_moe=is_moe, fp8=form)
 
-    kept = stage.dense * of_layer(False, layout)
-    kept += (stage.moe + stage.mtp) * of_layer(True, layout)
+    kept = 0.0
+    for is_moe, in_fp8, layers in stage.layers_by_format(architecture.num_layers, bf16_layers):
+        kept += layers * of_layer(is_moe, layout, fp8 if in_fp8 else frozenset())
     # Two more norms and the projection of both; one norm's input the output layer has, too.
     kept += stage.mtp * (6.0 * hidden + 8) * tokens / layout.tensor
     kept += 8.0 * tokens if stage.embedding else 0.0
@@ -210,23 +254,10 @@ def output_bytes(
         if not takes_gradients_early(architecture, layout):
             return norm + logits + 20 * tokens, gathered
         chunks = math.ceil(logits / CHUNK_BYTES)
-        return norm + 2 * weight + 4 * tokens, logits / chunks + gathered
+        at_once = min(chunks, LOSS_CHUNKS_AT_ONCE)
+        return norm + 2 * weight + 4 * tokens, at_once * logits / chunks + gathered
     # The output layer's weight gradient exists in bf16 before it is added to the sums.
     if implementation.fused:
         return norm + logits + 9 * tokens, weight
     # Of the last loss, fp32 softmax and bf16 logits.
     return norm + 2 * logits + 9 * tokens, max(logits, weight - logits)
-
-
-def _projection_inputs(architecture: Architecture, *, is_moe: bool) -> float:
-    """Elements that enter a layer's projections, of one token."""
-    attention = architecture.hidden_size + architecture.num_heads * architecture.value_dim
-    attention += architecture.kv_lora_rank or 0
-    attention += architecture.q_lora_rank or 0
-    hidden = architecture.hidden_size
-    if not is_moe:
-        return attention + hidden + architecture.ffn_hidden_size
-    visited = architecture.num_experts_per_token
-    experts = visited * (hidden + architecture.expert_hidden_size)
-    shared = architecture.shared_hidden_size
-    return attention + experts + (hidden + shared if shared else 0)

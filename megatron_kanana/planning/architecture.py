@@ -6,6 +6,7 @@ too, because the only public figures for some layouts are those of models that h
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Weight:
         is_split: whether tensor parallelism splits it.
         number: how many there are, as for routed experts.
         group: 'experts' for routed experts, else 'dense'.
+        of_experts: whether it is one of routed or shared experts.
         matrices: rows of each matrix that Muon makes orthogonal, repeated if it holds several;
             empty means the whole.
     """
@@ -36,6 +38,7 @@ class Weight:
     number: int = 1
     group: str = "dense"
     matrices: tuple[int, ...] = ()
+    of_experts: bool = False
 
     @property
     def size(self) -> int:
@@ -148,7 +151,10 @@ class Architecture:
         router = Weight("router", self.num_experts, self.hidden_size, is_split=False)
         routed = self._gated(self.expert_hidden_size, self.num_experts, "experts")
         shared = self._gated(self.shared_hidden_size) if self.shared_hidden_size else []
-        return [router, *routed, *shared]
+        return [
+            router,
+            *(dataclasses.replace(each, of_experts=True) for each in (*routed, *shared)),
+        ]
 
     def layer(self, *, is_moe: bool) -> list[Weight]:
         """One transformer layer."""

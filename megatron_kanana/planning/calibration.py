@@ -4,7 +4,7 @@ Sources, in short:
 
 - peers: measured on one H200 on 2026-11-23, with torch 2.11, Transformer Engine 2.11, megatron-core
   0.16.1 and CUDA 13.0; whole steps of it are in `measured.py`.
-- cards: `benchmarks/results/`, of one H100.
+- cards: `benchmarks/results/`, of one H100 or H200 as their names say.
 - DeepEP: its README, on H800; UCCL-EP: its README, the same measurement on H200.
 
 An efficiency is a share of the machine's peak.
@@ -23,8 +23,10 @@ class Efficiencies:
         matmul: large dense products in bf16. peers: 662 TFLOP/s for a dense product of an expert
             layer's operations (0.67); 8192^3 reaches 770 to 800 alone.
         matmul_fp8: in fp8, of the fp8 peak. peers: 1126 TFLOP/s of `torch._scaled_grouped_mm`.
-        grouped_matmul: one launch for all experts, bf16. peers: 535 forward with uneven loads, 524
-            and 492 backward; mean 517 TFLOP/s.
+        grouped_matmul: one launch for all experts, bf16, of experts that have no rate of their own.
+            peers: 535 forward with uneven loads, 524 and 492 backward; mean 517 TFLOP/s.
+        output_matmul: the output layer's products, in bf16. cards: step_8x4096_h200, 72 ms for
+            5.16e13 operations (717 TFLOP/s, 0.72).
         memory: of memory bandwidth, kernels that only move data. peers: `moe_permute` 0.281 ms for
             16,384 tokens in and 98,304 out (2.9 TB/s, 0.60).
         optimizer_memory: the same for the many small kernels of an update. cards: AdamW's 0.061 s
@@ -41,6 +43,7 @@ class Efficiencies:
     matmul: float = 0.67
     matmul_fp8: float = 0.57
     grouped_matmul: float = 0.52
+    output_matmul: float = 0.72
     memory: float = 0.60
     optimizer_memory: float = 0.56
     nvlink: float = 0.71
@@ -60,12 +63,14 @@ class Attention:
         second_product: whether a second product finds the largest logits. Where it does not they
             are found inside the kernel, in the time of `shares`, or not at all.
         counts_backward: whether what its backward pass holds for a while is known, and counted.
+        in_step: the rate inside a step over that of `shares`, which are measured alone.
     """
 
     name: str
     shares: tuple[tuple[int, float, float], ...]
     second_product: bool
     counts_backward: bool
+    in_step: float = 1.0
 
     def shares_at(self, sequence_length: int) -> tuple[float, float]:
         """Forward and backward, those of the longest measured sequence that is not longer."""
@@ -84,12 +89,15 @@ SDPA = Attention("sdpa", _FUSED, second_product=True, counts_backward=False)
 """torch's, taken to be as fast."""
 
 # cards: attention_h100, widths 192 and 128, 32 heads. Forward with the largest logits 673 TFLOP/s
-# at 2 x 4,096 tokens and 731 at 8,192; backward 490 and 547, deterministic 408 and 453.
+# at 2 x 4,096 tokens and 731 at 8,192; backward 490 and 547, deterministic 408 and 453. Inside a
+# step, with its clocks: step_8x4096_h200 102 ms and step_2x4096_h100 25.0, which alone would be
+# 93.4 and 23.3 (0.91, 0.93).
 CSRC = Attention(
     "csrc",
     ((4096, 0.680, 0.495), (8192, 0.739, 0.553)),
     second_product=False,
     counts_backward=True,
+    in_step=0.92,
 )
 """This version's kernels for Hopper."""
 
@@ -98,6 +106,7 @@ CSRC_DETERMINISTIC = Attention(
     ((4096, 0.680, 0.412), (8192, 0.739, 0.458)),
     second_product=False,
     counts_backward=True,
+    in_step=0.92,
 )
 """The same with `kernels.deterministic`."""
 
@@ -118,6 +127,13 @@ class Experts:
         fused: whether activation functions and weights of the experts are in their products.
         single_launch: whether the host launches as much however many experts there are, and waits
             for their counts only where tokens leave the process.
+        share: of the bf16 peak, that products with routed and shared experts reach inside a step,
+            the passes through their activation included; None is `Efficiencies.grouped_matmul` for
+            routed and `matmul` for shared ones, with those passes apart.
+        share_fp8: the same in fp8, of the fp8 peak. Gradients of weights stay in bf16.
+        gradient_memory: of memory bandwidth, adding to fp32 gradients; None is
+            `Efficiencies.memory`.
+        quantised_inputs: whether, in fp8, what products keep of their inputs is in fp8.
     """
 
     name: str
@@ -128,6 +144,10 @@ class Experts:
     passing: tuple[float, float] = (6.0, 0.0)
     fused: bool = False
     single_launch: bool = False
+    share: float | None = None
+    share_fp8: float | None = None
+    gradient_memory: float | None = None
+    quantised_inputs: bool = False
 
 
 CSRC_EXPERTS = Experts(
@@ -139,10 +159,19 @@ CSRC_EXPERTS = Experts(
     passing=(2.0, 2.0),
     fused=True,
     single_launch=True,
+    share=0.55,
+    share_fp8=0.36,
+    gradient_memory=0.85,
 )
-"""This version's kernels: pre-activations alone are kept. Beside them a visit has its activation
-and its output for a while, or backward the gradient of its hidden state, in bf16; the gradient of
-a pre-activation takes its place."""
+"""This version's kernels: pre-activations alone are kept, in bf16 and in fp8. Beside them a visit
+has its activation and its output for a while, or backward the gradient of its hidden state, in
+bf16; the gradient of a pre-activation takes its place.
+
+Rates are those of the cards' component 'experts', 9 layers: 131.6 ms in step_8x4096_h200 (bf16),
+45.95 ms in step_2x4096_h100, 41.3 ms in step_recompute_h200 (2 x 4096), from which product and
+adding to gradients follow together. In fp8 113.7 ms in step_8x4096_h200. Alone, products are
+faster: moe_h100 (6.76 ms and 22.8 ms without shared experts, 16,384 and 65,536 tokens) gives 0.60,
+and so do the wider experts of moe_155b_h100 (20.2 ms)."""
 
 PLAIN_EXPERTS = Experts(
     "torch",
@@ -154,13 +183,14 @@ PLAIN_EXPERTS = Experts(
 )
 """This version in plain torch, the reference; what passes is counted, not measured."""
 
-SEQUENTIAL_EXPERTS = Experts(
-    "one after another", hidden=2.0, width=12.0, shared=10.0, router=(17.0, 32.0, 12.0)
-)
-"""megatron-core's, which the version had that `measured.OURS` was measured with."""
-
 GROUPED_EXPERTS = Experts(
-    "grouped", hidden=2.0, width=6.0, shared=6.0, router=(17.0, 28.0, 12.0), fused=True
+    "grouped",
+    hidden=2.0,
+    width=6.0,
+    shared=6.0,
+    router=(17.0, 28.0, 12.0),
+    fused=True,
+    quantised_inputs=True,
 )
 """megatron-core's with Transformer Engine."""
 
@@ -171,8 +201,9 @@ class Implementation:
 
     Attributes:
         name: for reports.
-        fused: whether activation functions, rotary embedding, cross-entropy, permutation and the
-            addition of weight gradients are single kernels.
+        fused: whether rotary embedding, cross-entropy, permutation and the addition of weight
+            gradients are single kernels.
+        fuses_activations: whether activation functions of dense layers are.
         experts: who computes routing and experts.
         attention: who computes attention itself.
         sends_once: to what a token is sent once, however many of its experts lie there: 'expert'
@@ -184,10 +215,15 @@ class Implementation:
         host_stage: seconds for embedding, output layer, loss and the like, forward and backward.
         linear_loss: whether losses are taken from hidden states, a chunk of logits at a time
             (docs/loss.md).
+        host_fp8: seconds that fp8 adds to launching a layer whose projections are in fp8.
+        matmul_fp8: share of the fp8 peak of projections in fp8; None is `Efficiencies.matmul_fp8`.
+        moving: time of norms, sums, rotary embedding and combination over that of the bytes that
+            `layer_times` counts.
     """
 
     name: str
     fused: bool
+    fuses_activations: bool
     experts: Experts
     attention: Attention
     sends_once: str
@@ -196,11 +232,15 @@ class Implementation:
     host_expert: dict[str, float] = field(hash=False)
     host_stage: float
     linear_loss: bool = False
+    host_fp8: float = 0.0
+    matmul_fp8: float | None = None
+    moving: float = 1.0
 
 
 TRANSFORMER_ENGINE = Implementation(
     name="transformer_engine",
     fused=True,
+    fuses_activations=True,
     experts=GROUPED_EXPERTS,
     attention=FUSED,
     sends_once="expert",
@@ -217,6 +257,7 @@ TRANSFORMER_ENGINE = Implementation(
 DEEPEP = Implementation(
     name="transformer_engine_deepep",
     fused=True,
+    fuses_activations=True,
     experts=GROUPED_EXPERTS,
     attention=FUSED,
     sends_once="node",
@@ -227,24 +268,31 @@ DEEPEP = Implementation(
 )
 """The same with DeepEP's dispatch, as published large runs have it."""
 
-TORCH = Implementation(
-    name="torch",
-    fused=False,
-    experts=SEQUENTIAL_EXPERTS,
-    attention=SDPA,
+KANANA = Implementation(
+    name="megatron_kanana",
+    fused=True,
+    fuses_activations=False,
+    experts=CSRC_EXPERTS,
+    attention=CSRC,
     sends_once="process",
-    host_moe=TRANSFORMER_ENGINE.host_moe,
-    # cards: the least squares of log errors of what measured.OURS has of time, which are 0.45 s
-    # (Muon) and 0.51 s (AdamW) a microbatch in optimizer_step_h100, with SDPA's attention, and 0.38
-    # s in planner_calibration_h100, with csrc's. The first alone gives 1.01 ms, the second 0.81.
+    # cards: the host's part of a step of 10 layers, 9 of them with experts: 88 ms in
+    # step_2x4096_h100, 117 in step_8x4096_h200, 117 in step_recompute_h200; 179 in fp8. How it is
+    # divided is our estimate.
+    host_layer=6e-3,
+    host_moe=3.5e-3,
+    host_stage=8e-3,
+    host_fp8=5e-3,
+    # Of an earlier version, whose experts were launched one after another: 0.38 to 0.51 s for 4
+    # layers of 128 (cards of commits a845700 and 7cf3adc).
     host_expert={"bf16": 0.91e-3, "fp8": 0.91e-3},
-    host_layer=TRANSFORMER_ENGINE.host_layer,
-    host_stage=TRANSFORMER_ENGINE.host_stage,
+    linear_loss=True,
+    # cards: step_8x4096_h200, dense products without the output layer's.
+    matmul_fp8=0.50,
 )
-"""This version as `measured.OURS` has it, plain torch and experts one after another. For settings
-and GPUs `attention.attention_of` and `experts.experts_of` say who computes those."""
+"""This version, its operations compiled and Transformer Engine there. For settings and GPUs
+`implementation_of` says who computes what."""
 
-IMPLEMENTATIONS = {each.name: each for each in (TORCH, TRANSFORMER_ENGINE, DEEPEP)}
+IMPLEMENTATIONS = {each.name: each for each in (KANANA, TRANSFORMER_ENGINE, DEEPEP)}
 
 ORTHOGONALIZATION = {"h100": 0.87, "h200": 0.87, "b200": 0.41}
 """Operations of plain Newton-Schulz a second over the bf16 peak. cards: orthogonalize_h100, 128 x
@@ -253,6 +301,13 @@ on that card."""
 
 ORTHOGONALIZATION_LAUNCH = 1.0e-3
 """Seconds to launch one batch of matrices of a shape. cards: a single small matrix takes 1 ms."""
+
+QUANTISING_BYTES = 5.5
+"""Memory traffic of quantising a number of 16 bits, both orders. cards: step_8x4096_h200, 16 ms of
+casts by Transformer Engine for 25,664 numbers a token and layer, at `Efficiencies.memory`."""
+
+FP8_BYTES = 1 + 4 / 128
+"""Of a number in fp8 with one fp32 scale for each 128 (blockwise)."""
 
 UPDATE_BYTES = {"adamw": 46.0, "muon": 60.0}
 """Bytes moved for each parameter of a process's share, counted from the update's passes: gradient

@@ -9,16 +9,10 @@ from dataclasses import dataclass
 
 from megatron_kanana.config.schema import OptimizerSettings
 
-from .calibration import DEEPEP
-from .measured import (
-    ALL,
-    GIB,
-    HOST_EXPERT_OF_TORCH,
-    OURS,
-    PUBLISHED,
-    SLICES,
-    Observation,
-)
+from .calibration import DEEPEP, KANANA
+from .measured import ALL, PUBLISHED, SLICES
+from .observation import GIB, Observation
+from .own_cards import OURS, RATES
 from .plan import plan
 
 UPDATE_PARTS = ("update", "orthogonalisation", "messages: Muon")
@@ -52,13 +46,16 @@ def predict(observation: Observation) -> float:
     found = plan(observation.job, optimizer, fp32_gradients=observation.fp32_gradients)
     if observation.quantity == "peak memory":
         return found.peak_memory / GIB
+    if observation.quantity == "memory between steps":
+        return found.memory[0].held / GIB
     if observation.quantity == "activations":
         return found.memory[0].activations / GIB
     if observation.quantity == "throughput":
         return found.flops_per_gpu / 1e12
-    if observation.quantity == "passes":
-        return found.step - sum(found.parts[part] for part in UPDATE_PARTS)
-    return found.step
+    update = sum(found.parts[part] for part in UPDATE_PARTS)
+    return {"passes": found.step - update, "update": update, "step": found.step}[
+        observation.quantity
+    ]
 
 
 def compare(*, leave_one_out: bool = False) -> list[Comparison]:
@@ -83,35 +80,57 @@ _SWEEPS = 3
 
 def _left_out(observation: Observation) -> float | None:
     """The prediction after a fit to the other fitted figures: this version's, or all others'."""
-    if HOST_EXPERT_OF_TORCH in observation.calibrated:
-        ours = [each for each in OURS if each.calibrated and each is not observation]
-        return predict(with_host_expert(observation, fit_host_expert(ours)))
+    if observation.job.implementation.name == KANANA.name:
+        if RATES not in observation.calibrated:
+            return None
+        rest = [each for each in OURS if RATES in each.calibrated and each is not observation]
+        return predict_own(observation, fit_own(rest))
     used = [each for each in (*SLICES, *PUBLISHED) if each.calibrated]
     rest = [each for each in used if each is not observation]
     return predict(_with(observation, fit(rest)))
 
 
-def fit_host_expert(observations: Sequence[Observation]) -> float:
-    """This version's seconds to launch an expert, with the least squares of log errors."""
-
-    def loss(factor: float) -> float:
-        return sum(
-            math.log(predict(with_host_expert(each, 1e-3 * math.exp(factor))) / each.measured) ** 2
-            for each in observations
-            if each.measured is not None
-        )
-
-    return 1e-3 * math.exp(_minimum(loss, -1.0, 1.0))
+OWN_FITTED = ("host", "host_fp8", "matmul_fp8", "moving")
+"""What `fit_own` fits: a factor of host_layer, host_moe and host_stage, and numbers of `KANANA`."""
 
 
-def with_host_expert(observation: Observation, seconds: float) -> Observation:
-    """The observation where launching an expert takes so long."""
+def own_numbers() -> tuple[float, ...]:
+    """The numbers of `OWN_FITTED` as `calibration` has them."""
+    assert KANANA.matmul_fp8 is not None
+    return 1.0, KANANA.host_fp8, KANANA.matmul_fp8, KANANA.moving
+
+
+def predict_own(observation: Observation, numbers: Sequence[float]) -> float:
+    """The prediction of a figure of this version with other numbers of `OWN_FITTED`."""
+    host, host_fp8, matmul_fp8, moving = numbers
     job = observation.job
-    host_expert = dict.fromkeys(job.implementation.host_expert, seconds)
-    implementation = dataclasses.replace(job.implementation, host_expert=host_expert)
-    return dataclasses.replace(
-        observation, job=dataclasses.replace(job, implementation=implementation)
+    implementation = dataclasses.replace(
+        job.implementation,
+        host_layer=host * KANANA.host_layer,
+        host_moe=host * KANANA.host_moe,
+        host_stage=host * KANANA.host_stage,
+        host_fp8=host_fp8,
+        matmul_fp8=matmul_fp8,
+        moving=moving,
     )
+    job = dataclasses.replace(job, implementation=implementation)
+    return predict(dataclasses.replace(observation, job=job))
+
+
+def fit_own(observations: Sequence[Observation]) -> tuple[float, ...]:
+    """The numbers of `OWN_FITTED` with the least squares of log errors, one after another."""
+    before = own_numbers()
+
+    def loss(numbers: Sequence[float]) -> float:
+        total = 0.0
+        for observation in observations:
+            assert observation.measured is not None
+            total += math.log(predict_own(observation, numbers) / observation.measured) ** 2
+        for number, other in zip(numbers, before, strict=True):
+            total += _PULL * math.log(number / other) ** 2
+        return total
+
+    return _descend(loss, before, 0.7)
 
 
 def fit(observations: Sequence[Observation]) -> tuple[float, ...]:
@@ -127,7 +146,16 @@ def fit(observations: Sequence[Observation]) -> tuple[float, ...]:
             total += _PULL * math.log(value / before) ** 2
         return total
 
-    values = list(_BEFORE)
+    hidden = FITTED.index("dispatch_hidden")
+    values = _descend(loss, _BEFORE, 1.5)
+    return (*values[:hidden], min(values[hidden], 0.99), *values[hidden + 1 :])
+
+
+def _descend(
+    loss: Callable[[Sequence[float]], float], before: Sequence[float], most: float
+) -> tuple[float, ...]:
+    """Numbers with the least loss, one after another, each sought within factors of exp(most)."""
+    values = list(before)
     for _ in range(_SWEEPS):
         for index in range(len(values)):
 
@@ -136,9 +164,7 @@ def fit(observations: Sequence[Observation]) -> tuple[float, ...]:
                 trial[index] = values[index] * math.exp(factor)
                 return loss(trial)
 
-            values[index] *= math.exp(_minimum(along, -1.5, 1.5))
-            if FITTED[index] == "dispatch_hidden":
-                values[index] = min(values[index], 0.99)
+            values[index] *= math.exp(_minimum(along, -most, most))
     return tuple(values)
 
 

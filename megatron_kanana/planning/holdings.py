@@ -16,6 +16,10 @@ GRADIENT_BYTES = {True: 4, False: 2}
 OPTIMIZER_BYTES = {"muon": 4 + 4, "adamw": 4 + 8}
 """fp32 weights, and momentum or two moments."""
 
+COPY_BYTES = 2
+"""Of a weight in fp8: one byte in each order, for the products forward and backward. Scales of
+blocks of 128 x 128 do not count."""
+
 Holding = tuple[str, str]
 """'dense' or 'experts', and 'muon' or 'adamw'."""
 
@@ -56,6 +60,39 @@ def state_bytes(
             for (group, optimizer), count in parameters.items()
         ),
     }
+
+
+def quantised_weights(
+    architecture: Architecture,
+    layout: Layout,
+    rank_stages: Iterable[Stage],
+    fp8: frozenset[str],
+    bf16_layers: tuple[int, int],
+) -> int:
+    """Elements of a process's weights that have copies in fp8, kept from step to step.
+
+    Args:
+        fp8, bf16_layers: as `layer_times.Job` has them.
+    """
+    count = 0
+    for stage in rank_stages:
+        of_format = stage.layers_by_format(architecture.num_layers, bf16_layers)
+        for is_moe, in_fp8, layers in of_format:
+            if in_fp8:
+                weights = architecture.layer(is_moe=is_moe)
+                count += layers * sum(_quantised(weight, layout, fp8) for weight in weights)
+        for weight in architecture.mtp_layer():
+            if weight.kind == "mtp_projection":
+                count += stage.mtp * _quantised(weight, layout, fp8)
+    return count
+
+
+def _quantised(weight: Weight, layout: Layout, fp8: frozenset[str]) -> int:
+    if weight.kind in ("vector", "router"):
+        return 0
+    if ("experts" if weight.of_experts else "projections") not in fp8:
+        return 0
+    return weight.local_size(layout.tensor, layout.expert, layout.expert_tensor)
 
 
 def orthogonalization_cost(weight: Weight) -> float:

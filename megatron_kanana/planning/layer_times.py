@@ -9,13 +9,14 @@ overlaps are added.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from .activations import MAX_LOGIT_ROWS, takes_gradients_early
 from .architecture import Architecture, Weight, multiply_size
-from .calibration import Efficiencies, Implementation
+from .calibration import QUANTISING_BYTES, Efficiencies, Implementation
 from .communication import (
     Message,
     dispatch,
@@ -27,6 +28,7 @@ from .layout import Layout, Stage
 from .machines import Machine
 
 FORWARD_SHARE_OF_HOST = 1 / 3  # a backward pass launches about twice as much
+ALL_FP8 = frozenset({"projections", "experts"})
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Job:
         layout: its layout.
         machine: GPUs and network.
         implementation: how layers are computed.
-        fp8: whether projections and experts compute in fp8; the output layer never does.
+        fp8: what computes in fp8: 'projections', 'experts', both (`ALL_FP8`) or nothing; the output
+            layer never does.
+        bf16_layers: first and last layers that it leaves out.
         efficiencies: shares of the machine's peaks.
     """
 
@@ -46,7 +50,8 @@ class Job:
     layout: Layout
     machine: Machine
     implementation: Implementation
-    fp8: bool = False
+    fp8: frozenset[str] = frozenset()
+    bf16_layers: tuple[int, int] = (0, 0)
     efficiencies: Efficiencies = field(default_factory=Efficiencies)
 
 
@@ -74,15 +79,17 @@ def stage_parts(job: Job, stage: Stage) -> tuple[Parts, Parts]:
     """Parts of the forward and of the backward pass of a virtual stage."""
     forward, backward = Parts(), Parts()
 
-    def add(parts: Callable[..., Parts], times: int, **options: bool) -> None:
+    def add(parts: Callable[..., Parts], chosen: Job, times: int, **options: bool) -> None:
         for target, is_forward in ((forward, True), (backward, False)):
-            target.add(parts(job, forward=is_forward, **options), times)
+            target.add(parts(chosen, forward=is_forward, **options), times)
 
-    for is_moe, layers in ((False, stage.dense), (True, stage.moe + stage.mtp)):
-        if layers:
-            add(layer_parts, layers, is_moe=is_moe)
+    in_bf16 = dataclasses.replace(job, fp8=frozenset())
+    for is_moe, in_fp8, layers in stage.layers_by_format(
+        job.architecture.num_layers, job.bf16_layers
+    ):
+        add(layer_parts, job if in_fp8 else in_bf16, layers, is_moe=is_moe)
     if stage.output:
-        add(output_parts, 1 + stage.mtp)
+        add(output_parts, job, 1 + stage.mtp)
     if stage.output or stage.embedding:
         host = job.implementation.host_stage * job.machine.host_time / 2
         forward["host"] += host * FORWARD_SHARE_OF_HOST * (stage.output + stage.embedding)
@@ -118,6 +125,7 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
     parts["core attention"] = _core_attention(job, forward=forward)
     parts["moving data"] = _moving(job, forward=forward, is_moe=is_moe)
     host = job.implementation.host_layer
+    host += job.implementation.host_fp8 if "projections" in job.fp8 else 0.0
     if is_moe:
         experts = architecture.experts()
         routed = [weight for weight in experts if weight.group == "experts"]
@@ -125,7 +133,7 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
         parts["routed experts"] = _products(job, routed, forward=forward)
         parts["shared experts"] = _products(job, others, forward=forward)
         local = architecture.num_experts / layout.expert
-        form = "fp8" if job.fp8 else "bf16"
+        form = "fp8" if "experts" in job.fp8 else "bf16"
         host += job.implementation.host_moe
         if not job.implementation.experts.single_launch:
             host += local * job.implementation.host_expert[form]
@@ -173,7 +181,7 @@ def output_parts(job: Job, *, forward: bool) -> Parts:
     if job.implementation.linear_loss:
         parts["output layer and loss"] = _linear_loss_seconds(job, output, forward=forward)
         return parts
-    parts["output layer and loss"] = _products(job, output, forward=forward, in_bf16=True)
+    parts["output layer and loss"] = _products(job, output, forward=forward)
     # Reads and writes of the logits beside the product's, in bf16 sizes. peers: about 10 ms of
     # cross-entropy at 8,192 tokens where it is not fused, which is 15 times their bytes.
     passes = 2.0 if job.implementation.fused else 7.5
@@ -186,11 +194,11 @@ def _linear_loss_seconds(job: Job, output: list[Weight], *, forward: bool) -> fl
     """Seconds of a loss without whole logits, whose gradients may come in the forward pass."""
     architecture, layout = job.architecture, job.layout
     logits = 2.0 * architecture.vocab_size * layout.tokens / layout.tensor
-    gradients = _products(job, output, forward=False, in_bf16=True)
+    gradients = _products(job, output, forward=False)
     gradients += _memory_seconds(job, 2 * logits)  # read, and overwritten by their gradient
     early = takes_gradients_early(architecture, layout)
     if forward:
-        seconds = _products(job, output, forward=True, in_bf16=True)
+        seconds = _products(job, output, forward=True)
         seconds += _memory_seconds(job, logits)  # read, for the softmax's sums
         return seconds + gradients if early else seconds
     if early:  # the weight's gradient and the sums are read, and the sums written
@@ -199,11 +207,11 @@ def _linear_loss_seconds(job: Job, output: list[Weight], *, forward: bool) -> fl
     return gradients
 
 
-def _products(job: Job, weights: list[Weight], *, forward: bool, in_bf16: bool = False) -> float:
+def _products(job: Job, weights: list[Weight], *, forward: bool) -> float:
     """Seconds of the products with weights; backward, those of both gradients."""
-    layout, efficiencies, machine = job.layout, job.efficiencies, job.machine
+    layout = job.layout
+    experts = job.implementation.experts
     seconds = 0.0
-    fp8 = job.fp8 and not in_bf16
     for weight in weights:
         if weight.kind == "vector":
             continue
@@ -211,27 +219,44 @@ def _products(job: Job, weights: list[Weight], *, forward: bool, in_bf16: bool =
         if weight.group == "experts":
             visits = job.architecture.num_experts_per_token * layout.expert_load
         flops = 2.0 * multiply_size([weight]) * visits * layout.tokens / layout.tensor
-        flops *= 1 if forward else 2
-        if fp8:
-            share = efficiencies.matmul_fp8
-            if weight.group == "experts":
-                share *= efficiencies.grouped_matmul / efficiencies.matmul
-            rate = machine.fp8_flops * share
-        elif weight.group == "experts":
-            rate = machine.bf16_flops * efficiencies.grouped_matmul
-        else:
-            rate = machine.bf16_flops * efficiencies.matmul
-        seconds += flops / rate
-        if not forward:  # weight gradients are added to fp32 sums
-            moved = 8.0 if job.implementation.fused else 12.0
-            size = weight.local_size(layout.tensor, layout.expert, layout.expert_tensor)
-            seconds += _memory_seconds(job, moved * size)
+        for_input, for_weight = _rates(job, weight)
+        seconds += flops / for_input
+        if forward:
+            continue
+        seconds += flops / for_weight
+        # Weight gradients are added to fp32 sums.
+        moved = 8.0 if job.implementation.fused else 12.0
+        size = weight.local_size(layout.tensor, layout.expert, layout.expert_tensor)
+        share = experts.gradient_memory if weight.of_experts else None
+        seconds += _memory_seconds(job, moved * size, share)
     return seconds
+
+
+def _rates(job: Job, weight: Weight) -> tuple[float, float]:
+    """Operations a second of products with a weight, and of those that give its gradient."""
+    efficiencies, machine, experts = job.efficiencies, job.machine, job.implementation.experts
+    is_routed = weight.group == "experts"
+    if weight.kind == "output_layer":
+        rate = machine.bf16_flops * efficiencies.output_matmul
+        return rate, rate
+    if weight.of_experts and experts.share is not None:
+        in_bf16 = machine.bf16_flops * experts.share
+        if "experts" not in job.fp8 or experts.share_fp8 is None:
+            return in_bf16, in_bf16
+        return machine.fp8_flops * experts.share_fp8, in_bf16
+    of_group = efficiencies.grouped_matmul if is_routed else efficiencies.matmul
+    if ("experts" if weight.of_experts else "projections") not in job.fp8:
+        rate = machine.bf16_flops * of_group
+        return rate, rate
+    share = job.implementation.matmul_fp8 or efficiencies.matmul_fp8
+    rate = machine.fp8_flops * share * of_group / efficiencies.matmul
+    return rate, rate
 
 
 def _core_attention(job: Job, *, forward: bool) -> float:
     layout, attention = job.layout, job.implementation.attention
-    forward_share, backward_share = attention.shares_at(layout.sequence_length)
+    shares = attention.shares_at(layout.sequence_length)
+    forward_share, backward_share = (share * attention.in_step for share in shares)
     flops = attention_flops(job.architecture, layout.sequence_length)
     flops *= layout.micro_batch_size / layout.tensor
     if not forward:  # five products where the forward pass has two, with the widths they have
@@ -265,7 +290,7 @@ def _moving(job: Job, *, forward: bool, is_moe: bool) -> float:
     rotated += 4.0 * keys * (query + value)  # keys and values are written anew
     moved += rotated if fused else 2 * rotated
     visited, width = architecture.num_experts_per_token, architecture.expert_hidden_size
-    activation = (6.0, 10.0) if fused else (14.0, 25.0)
+    activation = (6.0, 10.0) if job.implementation.fuses_activations else (14.0, 25.0)
     of_experts = job.implementation.experts
     acting_experts = (6.0, 10.0) if of_experts.fused else (14.0, 25.0)
     weighted = (0.0, 2.0) if of_experts.fused else (14.0, 25.0)  # by the probabilities
@@ -275,27 +300,55 @@ def _moving(job: Job, *, forward: bool, is_moe: bool) -> float:
         copies = (14.0 if local > 1 else 6.0) if fused else 22.0
         if job.implementation.sends_once == "node":
             copies = 8.0
-        if of_experts.single_launch:  # rows written by products, then added up
-            copies = 4.0
+        if of_experts.single_launch:  # rows that products wrote are added up
+            copies = 2.0
         gathered = visited * job.layout.expert_load
         permuted = copies * gathered * hidden
         acting = (acting_experts[which] + weighted[which]) * gathered * width
         acting += acting_experts[which] * architecture.shared_hidden_size
+        if of_experts.share is not None:  # which has these passes
+            acting = 0.0
     else:
         permuted = 0.0
         acting = activation[which] * architecture.ffn_hidden_size
     if not forward:
         moved *= 2
     moved += permuted + acting
-    if job.fp8:  # read in bf16, written twice in fp8
-        quantised = architecture.hidden_size * 2.0 + heads * value
-        quantised += visited * (hidden + width) if is_moe else architecture.ffn_hidden_size
-        moved += 4.0 * quantised * (1 if forward else 1.5)
-    return _memory_seconds(job, moved * job.layout.tokens / job.layout.tensor)
+    numbers = _quantised(job, forward=forward, is_moe=is_moe)
+    moved += QUANTISING_BYTES * numbers
+    tokens = job.layout.tokens / job.layout.tensor
+    return job.implementation.moving * _memory_seconds(job, moved * tokens)
 
 
-def _memory_seconds(job: Job, moved: float) -> float:
-    return moved / (job.machine.memory_bandwidth * job.efficiencies.memory)
+def _quantised(job: Job, *, forward: bool, is_moe: bool) -> float:
+    """Numbers of a token that are quantised: inputs of products, backward gradients of outputs."""
+    architecture = job.architecture
+    hidden, visited = architecture.hidden_size, architecture.num_experts_per_token
+    numbers = 0.0
+    if "projections" in job.fp8:
+        weights = architecture.attention()
+        if not is_moe:
+            weights += architecture.dense_feed_forward()
+        matrices = [weight for weight in weights if weight.kind != "vector"]
+        numbers += sum(weight.columns if forward else weight.rows for weight in matrices)
+    if "experts" in job.fp8 and is_moe:
+        width, shared = architecture.expert_hidden_size, architecture.shared_hidden_size
+        if job.implementation.experts.single_launch:  # the others leave products in fp8
+            numbers += hidden
+        elif forward:
+            numbers += visited * (hidden + width) + (hidden + shared if shared else 0)
+        else:
+            numbers += visited * (hidden + 2 * width) + (hidden + 2 * shared if shared else 0)
+    return numbers
+
+
+def quantising_weights_seconds(job: Job, numbers: float) -> float:
+    """To make fp8 copies of so many weights in both orders: read in 16 bits, written twice."""
+    return _memory_seconds(job, 4.0 * numbers)
+
+
+def _memory_seconds(job: Job, moved: float, share: float | None = None) -> float:
+    return moved / (job.machine.memory_bandwidth * (share or job.efficiencies.memory))
 
 
 def _seconds(job: Job, message: Message) -> float:

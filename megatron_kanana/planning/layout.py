@@ -133,6 +133,34 @@ class Stage:
     moe: int
     mtp: int
 
+    def layers_by_format(
+        self, num_layers: int, bf16_layers: tuple[int, int]
+    ) -> list[tuple[bool, bool, int]]:
+        """How many layers, by whether they have experts, and whether fp8 does not leave them out.
+
+        Args:
+            num_layers: of the model.
+            bf16_layers: first and last layers that fp8 leaves out, where there is any; of
+                multi-token prediction it leaves out none.
+        """
+        start, end = bf16_layers
+
+        def left_out(first: int, count: int) -> int:
+            last = first + count
+            at_start = max(0, min(last, start) - first)
+            at_end = max(0, last - max(first, num_layers - end))
+            return min(count, at_start + at_end)
+
+        of_dense = left_out(self.first_layer, self.dense)
+        of_moe = left_out(self.first_layer + self.dense, self.moe)
+        counts = [
+            (False, True, self.dense - of_dense),
+            (False, False, of_dense),
+            (True, True, self.moe - of_moe + self.mtp),
+            (True, False, of_moe),
+        ]
+        return [each for each in counts if each[2]]
+
     def weights(self, architecture: Architecture) -> list[Weight]:
         """Its weights; the layers' one after another."""
         weights: list[Weight] = []

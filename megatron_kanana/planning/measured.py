@@ -1,88 +1,23 @@
 """Measured and published figures that predictions are compared with, each with its source.
 
-`SLICES` and `PUBLISHED` say what was run; `python -m tools.plan --errors` puts predictions beside
-them. What calibration has used is marked.
+`OURS`, `SLICES` and `PUBLISHED` say what was run; `python -m tools.plan --errors` puts predictions
+beside them. What calibration has used is marked.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from megatron_kanana.config.shipped import shipped_model
 
 from .architecture import Architecture
-from .calibration import CSRC, DEEPEP, SDPA, TORCH, TRANSFORMER_ENGINE, Attention, Implementation
-from .layer_times import Job
+from .calibration import DEEPEP
+from .layer_times import ALL_FP8, Job
 from .layout import Layout
-from .machines import MACHINES, Machine
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One measured figure, and what it was measured on.
-
-    Attributes:
-        name: what was run.
-        quantity: 'peak memory' and 'activations' in GiB, 'passes' (forward and backward passes of
-            a step) and 'step' (the update too) in seconds, 'throughput' in TFLOP/s of a GPU by the
-            model's count.
-        measured: the figure; None where it has not been measured.
-        source: where it stands.
-        job: what was run.
-        optimizer: 'adamw' or 'muon'.
-        fp32_gradients: whether gradients were kept in fp32.
-        calibrated: the numbers of `calibration` and `machines` that were fitted to this figure.
-    """
-
-    name: str
-    quantity: str
-    measured: float | None
-    source: str
-    job: Job
-    optimizer: str = "adamw"
-    fp32_gradients: bool = True
-    calibrated: tuple[str, ...] = ()
-
-
-def one_gpu(machine: str) -> Machine:
-    """A GPU of the machines that the slices and the cards were measured on."""
-    return dataclasses.replace(MACHINES[machine], host_time=1.0)
-
-
-def slice_of_30b(
-    layers: int,
-    sequences: int,
-    *,
-    machine: str = "h200",
-    implementation: Implementation = TRANSFORMER_ENGINE,
-    fp8: bool = False,
-    microbatches: int = 1,
-    recompute: str = "none",
-) -> Job:
-    """The first layers of Kanana-2 30B with embedding and output layer, on one GPU.
-
-    Args:
-        sequences: of 4,096 tokens in a microbatch.
-    """
-    model = shipped_model("kanana_2_30b_a3b", f"model.num_layers={layers}")
-    layout = Layout(
-        *(1, 1, 1, 1, 1, 1),
-        counts_embeddings=False,
-        sequence_length=4096,
-        micro_batch_size=sequences,
-        global_batch_size=sequences * microbatches,
-        recompute=frozenset() if recompute == "none" else frozenset({recompute}),
-    )
-    return Job(Architecture.of(model), layout, one_gpu(machine), implementation, fp8)
-
+from .machines import MACHINES
+from .observation import Observation, slice_of_30b
+from .own_cards import OURS
 
 _PEERS = "peers: megatron-core 0.16.1 and Transformer Engine 2.11, one H200, 2026-11-23"
-_PASSES_CARD = "benchmarks/results/optimizer_step_h100.json"
-_STEP_CARD = "benchmarks/results/planner_calibration_h100.json"
 _HOST = ("host_layer", "host_stage", "host_expert", "host_overlap")
 
 
@@ -92,7 +27,7 @@ def _peer(
     form = "fp8 blockwise" if fp8 else "bf16"
     name = f"megatron-core + TE, {layers} layers, {sequences} x 4096, {form}"
     calibrated = _HOST if quantity == "passes" else ()
-    job = slice_of_30b(layers, sequences, fp8=fp8)
+    job = slice_of_30b(layers, sequences, fp8=ALL_FP8 if fp8 else frozenset())
     return Observation(name, quantity, measured, _PEERS, job, calibrated=calibrated)
 
 
@@ -108,68 +43,6 @@ SLICES: Sequence[Observation] = (
     _peer(10, 2, "activations", 11.7),
     _peer(10, 8, "activations", 45.2),
 )
-
-
-HOST_EXPERT_OF_TORCH = "host_expert of torch"
-_MICROBATCHES = {"passes": 32, "step": 4}
-
-
-def _ours(
-    quantity: str,
-    measured: float | None,
-    optimizer: str,
-    *,
-    machine: str = "h100",
-    attention: Attention = SDPA,
-    recompute: str = "none",
-    source: str = "python -m benchmarks.planner_calibration",
-) -> Observation:
-    word = "MuonClip" if optimizer == "muon" else "AdamW"
-    name = (
-        f"ours, 4 layers, 2 x 4096, bf16, attention {attention.name}, recompute {recompute},"
-        f" {word}, {machine.upper()}"
-    )
-    job = slice_of_30b(
-        *(4, 2),
-        machine=machine,
-        implementation=dataclasses.replace(TORCH, attention=attention),
-        microbatches=_MICROBATCHES.get(quantity, 1),
-        recompute=recompute,
-    )
-    is_fitted = measured is not None and quantity in _MICROBATCHES
-    calibrated = (HOST_EXPERT_OF_TORCH,) if is_fitted else ()
-    return Observation(name, quantity, measured, source, job, optimizer, calibrated=calibrated)
-
-
-OURS: Sequence[Observation] = (
-    _ours("peak memory", 45.43, "muon", source=_PASSES_CARD),
-    _ours("peak memory", 52.83, "adamw", source=_PASSES_CARD),
-    _ours("passes", 14.34, "muon", source=_PASSES_CARD),
-    _ours("passes", 16.25, "adamw", source=_PASSES_CARD),
-    *(
-        _ours(quantity, value, "muon", attention=CSRC, recompute=recompute, source=_STEP_CARD)
-        for recompute, memory, step in (("none", 45.43, 1.648), ("full", 40.82, 2.137))
-        for quantity, value in (("peak memory", memory), ("step", step))
-    ),
-    *(
-        _ours(quantity, None, "muon", machine="h200", attention=CSRC, recompute=recompute)
-        for recompute in ("none", "full")
-        for quantity in ("peak memory", "step")
-    ),
-)
-
-_FP8 = [
-    Observation(
-        f"4 layers, 2 x 4096, fp8 by Transformer Engine, recompute {recompute}, H200",
-        quantity,
-        None,
-        "this version computes in bf16; nobody has run it",
-        slice_of_30b(4, 2, fp8=True, recompute=recompute),
-        "muon",
-    )
-    for recompute in ("none", "full")
-    for quantity in ("peak memory", "passes")
-]
 
 DEEPSEEK_V3 = Architecture(
     *(61, 3, 7168, 129280, 128, 192, 128, 18432, 256, 8, 2048, 2048),
@@ -211,7 +84,8 @@ def _published(
     fp8: bool = False,
     calibrated: tuple[str, ...] = (),
 ) -> Observation:
-    job = Job(architecture, layout, MACHINES["h100"], DEEPEP, fp8)
+    form = ALL_FP8 if fp8 else frozenset[str]()
+    job = Job(architecture, layout, MACHINES["h100"], DEEPEP, form)
     return Observation(
         name,
         "throughput",
@@ -311,4 +185,4 @@ PUBLISHED: Sequence[Observation] = (
     ),
 )
 
-ALL: Sequence[Observation] = (*OURS, *_FP8, *SLICES, *PUBLISHED)
+ALL: Sequence[Observation] = (*OURS, *SLICES, *PUBLISHED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,13 +11,19 @@ from megatron_kanana.config.schema import OptimizerSettings
 
 from .activations import stage_bytes
 from .architecture import Architecture
-from .attention import attention_of
-from .calibration import RESERVED_MEMORY, TORCH, Implementation
+from .calibration import KANANA, RESERVED_MEMORY, Implementation
 from .communication import pipeline_message
-from .experts import experts_of
 from .flops import flops_per_token
-from .holdings import GRADIENT_BYTES, Holding, local_parameters, state_bytes
-from .layer_times import Job, Parts, pass_seconds, stage_parts
+from .holdings import (
+    COPY_BYTES,
+    GRADIENT_BYTES,
+    Holding,
+    local_parameters,
+    quantised_weights,
+    state_bytes,
+)
+from .implementation import fp8_of, implementation_of
+from .layer_times import ALL_FP8, Job, Parts, pass_seconds, stage_parts
 from .layout import Layout, Stage, stages
 from .machines import Machine
 from .pipeline import makespan, peak_bytes
@@ -36,6 +41,7 @@ class RankMemory:
     Attributes:
         parameters: elements by holding.
         weights, gradients, optimizer: as the dry run has them.
+        copies: of weights in fp8.
         activations: largest sum of what waits for backward passes and of what a pass needs.
         update: what the update needs, when there are no activations.
     """
@@ -44,13 +50,19 @@ class RankMemory:
     weights: float
     gradients: float
     optimizer: float
+    copies: float
     activations: float
     update: float
 
     @property
+    def held(self) -> float:
+        """What is there between steps."""
+        return self.weights + self.gradients + self.optimizer + self.copies
+
+    @property
     def peak(self) -> float:
         """Largest sum, without CUDA's and NCCL's own."""
-        return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
+        return self.held + max(self.activations, self.update)
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,10 @@ class Plan:
 
     @property
     def utilization(self) -> float:
-        """`flops_per_gpu` over the peak of the format of computation (MFU)."""
+        """`flops_per_gpu` over the peak (MFU): that of fp8 where all products are in it."""
         machine = self.job.machine
-        return self.flops_per_gpu / (machine.fp8_flops if self.job.fp8 else machine.bf16_flops)
+        all_fp8 = self.job.fp8 == ALL_FP8 and not self.job.implementation.experts.share_fp8
+        return self.flops_per_gpu / (machine.fp8_flops if all_fp8 else machine.bf16_flops)
 
     @property
     def tokens_per_second(self) -> float:
@@ -177,6 +190,7 @@ def _plan(
             optimizer,
             gradient_bytes=GRADIENT_BYTES[fp32_gradients],
             last_backward=sum(backward[rank]),
+            quantised=memory[rank].copies / COPY_BYTES,
         )
         for rank, of_rank in enumerate(ranks)
     ]
@@ -206,35 +220,31 @@ def job_of(
     fp8: bool = False,
     expert_load: float = 1.0,
 ) -> Job:
-    """The job of a run's settings.
+    """The job of a run's settings, in the format that `precision` says.
 
     Args:
         settings: checked for `world_size` processes.
         world_size: processes of the job.
         machine: GPUs and network.
-        implementation: how layers are computed. `TORCH` gets the attention, the experts and the
-            dispatcher that the settings choose on this machine, and this version's losses.
+        implementation: how layers are computed. `KANANA` becomes what the settings choose on this
+            machine.
         global_batch_size: of a step, where it is not the first one of the settings.
-        fp8: whether projections and experts compute in fp8. `precision.fp8` leaves experts in bf16,
-            which are the most of the products, and is planned for as bf16.
+        fp8: whether projections and experts compute in fp8 whatever `precision` says, for other
+            implementations than this version.
         expert_load: of the busiest process, as `Layout` has it.
     """
     batch = global_batch_size or settings.schedule.global_batch_size
-    if implementation is TORCH:
-        by_deep_ep = settings.parallel.token_dispatcher == "deepep"
-        implementation = dataclasses.replace(
-            implementation,
-            attention=attention_of(settings, machine),
-            experts=experts_of(settings, machine),
-            sends_once="node" if by_deep_ep else "process",
-            linear_loss=True,
-        )
+    precision = settings.precision
+    computed = ALL_FP8 if fp8 else fp8_of(settings)
+    if implementation is KANANA:
+        implementation = implementation_of(settings, machine)
     return Job(
         architecture=Architecture.of(settings.model),
         layout=Layout.of(settings, world_size, batch, expert_load),
         machine=machine,
         implementation=implementation,
-        fp8=fp8,
+        fp8=computed,
+        bf16_layers=(precision.bf16_layers_at_start, precision.bf16_layers_at_end),
     )
 
 
@@ -312,7 +322,11 @@ def _memory(
     parameters = local_parameters(architecture, layout, of_rank, optimizer)
     size = state_bytes(parameters, layout, fp32_gradients=fp32_gradients)
     each = [
-        stage_bytes(architecture, layout, job.implementation, stage, fp8=job.fp8)
+        stage_bytes(
+            *(architecture, layout, job.implementation, stage),
+            fp8=job.fp8,
+            bf16_layers=job.bf16_layers,
+        )
         for stage in of_rank
     ]
     activations = peak_bytes(
@@ -329,7 +343,9 @@ def _memory(
         if name == "muon"
     )
     update = min(MUON_ROUND_BYTES, 14.0 * largest)
-    return RankMemory(parameters, **size, activations=activations, update=update)
+    quantised = quantised_weights(architecture, layout, of_rank, job.fp8, job.bf16_layers)
+    copies = float(COPY_BYTES * quantised)
+    return RankMemory(parameters, **size, copies=copies, activations=activations, update=update)
 
 
 def _checkpoint_bytes(job: Job, optimizer: OptimizerSettings) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .calibration import RESERVED_MEMORY
-from .measured import GIB
+from .observation import GIB
 from .search import Candidate
 
 GROUPS = {

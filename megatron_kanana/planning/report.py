@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .errors import Comparison
-from .measured import GIB
+from .calibration import KANANA
+from .errors import Comparison, fit_own
+from .observation import GIB
+from .own_cards import OURS, RATES
 from .plan import Plan, RunPlan
 from .search import Candidate
 
@@ -18,14 +20,14 @@ def plan_lines(run: RunPlan) -> Iterator[str]:
     machine = first.job.machine
     yield (
         f"{first.job.layout.world_size} x {machine.name}, layers computed by"
-        f" {first.job.implementation.name}{' in fp8' if first.job.fp8 else ''},"
+        f" {first.job.implementation.name}{_in_fp8(first)},"
         f" attention by {first.job.implementation.attention.name},"
         f" experts by {first.job.implementation.experts.name}"
     )
     yield ""
-    row = "{:>6}{:>17}{:>9}{:>11}{:>11}{:>13}{:>8}{:>9}"
+    row = "{:>6}{:>17}{:>9}{:>11}{:>11}{:>8}{:>13}{:>8}{:>9}"
     yield "GiB on a process of each pipeline rank"
-    names = ("weights", "gradients", "optimizer", "activations", "update", "peak")
+    names = ("weights", "gradients", "optimizer", "copies", "activations", "update", "peak")
     yield row.format("rank", "parameters", *names)
     for rank, memory in enumerate(first.memory):
         sizes = [getattr(memory, name) / GIB for name in names]
@@ -46,6 +48,11 @@ def plan_lines(run: RunPlan) -> Iterator[str]:
         f"checkpoint: {first.checkpoint_bytes / 1e12:.2f} TB, {first.checkpoint_seconds:.0f} s at"
         f" {machine.disk_bandwidth / 1e9:.0f} GB/s"
     )
+
+
+def _in_fp8(plan: Plan) -> str:
+    parts = " and ".join(sorted(plan.job.fp8, reverse=True))
+    return f" with {parts} in fp8" if parts else ""
 
 
 def _step_lines(tokens: float, plan: Plan) -> Iterator[str]:
@@ -94,7 +101,7 @@ def search_lines(candidates: Sequence[Candidate], top: int) -> Iterator[str]:
 def comparison_lines(comparisons: Sequence[Comparison]) -> Iterator[str]:
     """Measured and predicted, as a table of Markdown."""
     with_left_out = any(each.left_out is not None for each in comparisons)
-    yield "| | | measured | predicted | error |" + (" left out |" if with_left_out else "")
+    yield TABLE_START + (" left out |" if with_left_out else "")
     yield "| --- | --- | --- | --- | --- |" + (" --- |" if with_left_out else "")
     for each in comparisons:
         observation = each.observation
@@ -114,11 +121,47 @@ def comparison_lines(comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
+def with_table(text: str, lines: Sequence[str]) -> str:
+    """A document in which a table with the same first line stands in its old place.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    old = text.split("\n")
+    starts = [index for index, line in enumerate(old) if line.startswith(TABLE_START)]
+    if not starts:
+        raise ValueError(f"there is no table that begins with {TABLE_START}")
+    start = end = starts[0]
+    while end < len(old) and old[end].startswith("|"):
+        end += 1
+    return "\n".join([*old[:start], *lines, *old[end:]])
+
+
+def fit_lines() -> Iterator[str]:
+    """Numbers of `calibration.KANANA` that fit this version's figures best, beside what it has."""
+    own = [each for each in OURS if RATES in each.calibrated]
+    host, host_fp8, matmul_fp8, moving = fit_own(own)
+    fitted = {
+        "host_layer": (KANANA.host_layer, host * KANANA.host_layer),
+        "host_moe": (KANANA.host_moe, host * KANANA.host_moe),
+        "host_stage": (KANANA.host_stage, host * KANANA.host_stage),
+        "host_fp8": (KANANA.host_fp8, host_fp8),
+        "matmul_fp8": (KANANA.matmul_fp8 or 0.0, matmul_fp8),
+        "moving": (KANANA.moving, moving),
+    }
+    yield f"of {len(own)} figures, least squares of log errors:"
+    for name, (now, best) in fitted.items():
+        yield f"  {name:<12} {best:.3g} (calibration.py has {now:.3g})"
+
+
+TABLE_START = "| | | measured | predicted | error |"
 UNITS = {
     "peak memory": "GiB",
     "activations": "GiB",
     "passes": "s",
     "step": "s",
+    "update": "s",
+    "memory between steps": "GiB",
     "throughput": "TFLOP/s",
 }
 
@@ -148,7 +191,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "implementation": plan.job.implementation.name,
         "attention": plan.job.implementation.attention.name,
         "experts": plan.job.implementation.experts.name,
-        "fp8": plan.job.fp8,
+        "fp8": sorted(plan.job.fp8),
         "layout": {**layout, "recompute": sorted(plan.job.layout.recompute)},
         "fits": plan.fits,
         "memory": memory,

@@ -11,7 +11,7 @@ from .architecture import optimizer_of
 from .calibration import ORTHOGONALIZATION, ORTHOGONALIZATION_LAUNCH, UPDATE_BYTES
 from .communication import gradients, muon_exchange, ring
 from .holdings import Holding, orthogonalization_cost
-from .layer_times import Job, Parts
+from .layer_times import Job, Parts, quantising_weights_seconds
 from .layout import Stage
 
 
@@ -23,6 +23,7 @@ def update_parts(
     *,
     gradient_bytes: int,
     last_backward: float,
+    quantised: float = 0.0,
 ) -> Parts:
     """Parts of what follows a step's passes on a process.
 
@@ -32,6 +33,7 @@ def update_parts(
         gradient_bytes: of an element where gradients are reduced.
         last_backward: seconds of the last microbatch's backward passes, which hide the reduction of
             gradients if the layout overlaps them.
+        quantised: weights of the process that have copies in fp8, made anew for the next step.
     """
     layout, machine, efficiencies = job.layout, job.machine, job.efficiencies
     shared_by = {"dense": layout.data, "experts": layout.expert_data}
@@ -58,6 +60,8 @@ def update_parts(
         ),
     ]
     parts["messages: weights"] = sum(m.seconds(machine, efficiencies) for m in gathered)
+    if quantised:
+        parts["quantising weights"] = quantising_weights_seconds(job, quantised)
     if optimizer.name == "muon":
         parts.add(_muon_parts(job, rank_stages, parameters, optimizer))
     return parts

@@ -10,6 +10,7 @@ import torch
 
 from megatron_kanana.config import Environment, Settings, load_settings
 from megatron_kanana.planning.activations import (
+    LOSS_CHUNKS_AT_ONCE,
     arrived_bytes,
     attention_backward_bytes,
     feed_forward_bytes,
@@ -20,8 +21,9 @@ from megatron_kanana.planning.architecture import Architecture
 from megatron_kanana.planning.calibration import (
     CSRC,
     CSRC_EXPERTS,
+    KANANA,
     PLAIN_EXPERTS,
-    TORCH,
+    SDPA,
     TRANSFORMER_ENGINE,
     Implementation,
 )
@@ -90,10 +92,9 @@ def load(name: str) -> tuple[Settings, Layout]:
 def implementation_of(name: str) -> Implementation:
     """That of a case."""
     return dataclasses.replace(
-        TORCH,
-        attention=CSRC if "attention of csrc" in name else TORCH.attention,
+        KANANA,
+        attention=CSRC if "attention of csrc" in name else SDPA,
         experts=CSRC_EXPERTS if "experts of csrc" in name else PLAIN_EXPERTS,
-        linear_loss=True,
     )
 
 
@@ -159,7 +160,7 @@ def test_csrcs_experts_keep_the_layers_input_and_pre_activations() -> None:
 
     architecture = Architecture.of(shipped_model("kanana_2_30b_a3b"))
     parts = feed_forward_bytes(
-        architecture, dataclasses.replace(TORCH, experts=CSRC_EXPERTS), is_moe=True
+        architecture, dataclasses.replace(KANANA, experts=CSRC_EXPERTS), is_moe=True
     )
     kept = sum(parts[part] for part in ("projection input", "gathered tokens", "experts"))
     assert kept == 2 * 2048 + 4 * 6 * 768
@@ -174,7 +175,7 @@ def test_more_tokens_for_some_experts_take_more_memory() -> None:
     settings, layout = load("recompute none")
     architecture = Architecture.of(settings.model)
     [[stage]] = stages(architecture, layout)
-    implementation = dataclasses.replace(TORCH, experts=CSRC_EXPERTS)
+    implementation = dataclasses.replace(KANANA, experts=CSRC_EXPERTS)
     even, _ = stage_bytes(architecture, layout, implementation, stage)
     loaded = dataclasses.replace(layout, expert_load=1.5)
     uneven, _ = stage_bytes(architecture, loaded, implementation, stage)
@@ -214,8 +215,8 @@ def test_csrcs_attention_holds_no_logits() -> None:
     stage = dataclasses.replace(whole, embedding=False, output=False)
     assert stage.moe == 0
     of_sdpa, of_csrc = (
-        stage_bytes(architecture, layout, dataclasses.replace(TORCH, attention=each), stage)
-        for each in (TORCH.attention, CSRC)
+        stage_bytes(architecture, layout, dataclasses.replace(KANANA, attention=each), stage)
+        for each in (SDPA, CSRC)
     )
     assert of_csrc[0] == of_sdpa[0]
     assert of_sdpa[1] == 6 * settings.model.num_attention_heads * 1024 * length
@@ -227,9 +228,9 @@ def test_csrcs_attention_holds_no_logits() -> None:
     [
         # Few tokens: their logits, and hidden states, labels and statistics.
         (4096, 2 * 128256 * 4096, 0),
-        # Many: the weight's gradient in fp32, and a chunk of logits for a while.
+        # Many: the weight's gradient in fp32, and chunks of logits for a while.
         (4097, 4 * 128256 * 2048, 2 * 128256 * 4097),
-        (32768, 4 * 128256 * 2048, 2 * 128256 * 4096),
+        (32768, 4 * 128256 * 2048, LOSS_CHUNKS_AT_ONCE * 2 * 128256 * 4096),
     ],
 )
 def test_a_loss_keeps_the_smaller_of_logits_and_gradient(
@@ -240,6 +241,6 @@ def test_a_loss_keeps_the_smaller_of_logits_and_gradient(
     architecture = Architecture.of(shipped_model("kanana_2_30b_a3b"))
     _, layout = load("recompute none")
     layout = dataclasses.replace(layout, sequence_length=tokens, micro_batch_size=1)
-    found = output_bytes(architecture, layout, dataclasses.replace(TORCH, linear_loss=True))
+    found = output_bytes(architecture, layout, KANANA)
     assert found[0] == pytest.approx(kept, rel=0.3) and found[0] > kept
     assert found[1] == passing

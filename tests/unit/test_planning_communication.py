@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_kanana.planning.architecture import Architecture
-from megatron_kanana.planning.calibration import DEEPEP, TORCH, TRANSFORMER_ENGINE, Implementation
+from megatron_kanana.planning.calibration import DEEPEP, KANANA, TRANSFORMER_ENGINE, Implementation
 from megatron_kanana.planning.communication import (
     Message,
     dispatch,
@@ -62,7 +62,7 @@ def send_tokens(chosen: Layout, implementation: Implementation) -> Message:
     return Message(nvlink * share, network * share)
 
 
-@pytest.mark.parametrize("implementation", [TRANSFORMER_ENGINE, TORCH, DEEPEP])
+@pytest.mark.parametrize("implementation", [TRANSFORMER_ENGINE, KANANA, DEEPEP])
 @pytest.mark.parametrize("expert", [2, 8, 16, 32])
 def test_dispatch_is_what_drawn_experts_cause(expert: int, implementation: Implementation) -> None:
     chosen = layout(expert=expert)

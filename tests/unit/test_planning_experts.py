@@ -7,8 +7,8 @@ import pytest
 from megatron_kanana.config import Environment, load_settings
 from megatron_kanana.planning.calibration import (
     CSRC_EXPERTS,
+    KANANA,
     PLAIN_EXPERTS,
-    TORCH,
     TRANSFORMER_ENGINE,
     Experts,
 )
@@ -36,7 +36,7 @@ def test_experts_are_those_the_settings_take_on_the_machine(
 ) -> None:
     settings = load_settings([*WORDS, *overrides], GPU, with_files=False)
     assert experts_of(settings, MACHINES[machine]) is expected
-    assert job_of(settings, 1, MACHINES[machine], TORCH).implementation.experts is expected
+    assert job_of(settings, 1, MACHINES[machine], KANANA).implementation.experts is expected
 
 
 def test_dispatch_is_what_the_settings_take_and_transformer_engines_its_own() -> None:
@@ -44,6 +44,6 @@ def test_dispatch_is_what_the_settings_take_and_transformer_engines_its_own() ->
         words = [*WORDS, f"parallel.token_dispatcher={dispatcher}"]
         settings = load_settings(words, GPU, with_files=False)
         machine = MACHINES["h200"]
-        assert job_of(settings, 1, machine, TORCH).implementation.sends_once == sends_once
+        assert job_of(settings, 1, machine, KANANA).implementation.sends_once == sends_once
         other = job_of(settings, 1, machine, TRANSFORMER_ENGINE)
         assert other.implementation is TRANSFORMER_ENGINE

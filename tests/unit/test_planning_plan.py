@@ -15,7 +15,7 @@ from megatron_kanana.config.schema import OptimizerSettings
 from megatron_kanana.config.shipped import shipped_model
 from megatron_kanana.planning import count_parameters
 from megatron_kanana.planning.architecture import Architecture
-from megatron_kanana.planning.calibration import RESERVED_MEMORY, TORCH, TRANSFORMER_ENGINE
+from megatron_kanana.planning.calibration import KANANA, RESERVED_MEMORY, TRANSFORMER_ENGINE
 from megatron_kanana.planning.flops import flops_per_token
 from megatron_kanana.planning.holdings import local_parameters
 from megatron_kanana.planning.layout import Layout, stages
@@ -101,7 +101,7 @@ def test_operations_are_those_of_a_products_shapes() -> None:
 
 def test_optimizer_state_is_sharded_and_weights_are_not() -> None:
     settings = load(512, *RECIPE)
-    found = plan(job_of(settings, 512, MACHINES["h200"], TORCH), settings.optimizer)
+    found = plan(job_of(settings, 512, MACHINES["h200"], KANANA), settings.optimizer)
     for rank in found.memory:
         count = sum(rank.parameters.values())
         assert rank.weights == 2 * count
@@ -128,14 +128,14 @@ def test_recipe_has_room_on_h200s_with_a_quarter_more_tokens_for_some_experts(
     processes: int, overrides: tuple[str, ...]
 ) -> None:
     settings, machine = load(processes, *overrides), MACHINES["h200"]
-    job = job_of(settings, processes, machine, TORCH, expert_load=1.25)
+    job = job_of(settings, processes, machine, KANANA, expert_load=1.25)
     peak = max(rank.peak for rank in predict_memory(job, settings.optimizer))
     assert peak <= (1 - RESERVED_MEMORY) * machine.memory_bytes
 
 
 def test_parts_of_a_step_sum_to_it() -> None:
     settings = load(512, *RECIPE)
-    for implementation in (TORCH, TRANSFORMER_ENGINE):
+    for implementation in (KANANA, TRANSFORMER_ENGINE):
         job = job_of(settings, 512, MACHINES["h200"], implementation)
         found = plan(job, settings.optimizer)
         assert sum(found.parts.values()) == pytest.approx(found.step)
@@ -146,7 +146,7 @@ def test_parts_of_a_step_sum_to_it() -> None:
 
 def test_run_is_the_sum_over_its_batch_sizes() -> None:
     settings = load(512, *RECIPE)
-    run = plan_run(settings, 512, MACHINES["h200"], TORCH, tokens=1e12)
+    run = plan_run(settings, 512, MACHINES["h200"], KANANA, tokens=1e12)
     assert [tokens for tokens, _ in run.plans] == [200e9, 800e9]
     seconds = sum(
         tokens / (size * 4096) * each.step
@@ -182,11 +182,11 @@ def test_search_finds_only_layouts_that_start_and_fit() -> None:
     assert len({repr(candidate) for candidate in candidates}) == len(candidates) > 50
     assert not any(check(candidate, where, with_files=False) for candidate in candidates)
     largest = max(
-        max(rank.peak for rank in plan(job_of(c, 16, MACHINES["h200"], TORCH), c.optimizer).memory)
+        max(rank.peak for rank in plan(job_of(c, 16, MACHINES["h200"], KANANA), c.optimizer).memory)
         for c in candidates
     )
     machine = machine_named("h200", {"memory_bytes": 0.6 * largest})
-    found = search(settings, where, machine, TORCH)
+    found = search(settings, where, machine, KANANA)
     assert 0 < len(found) < len(candidates)
     assert all(
         each.plan.peak_memory <= machine.memory_bytes * (1 - RESERVED_MEMORY) for each in found

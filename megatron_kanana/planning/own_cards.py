@@ -1,0 +1,141 @@
+"""Figures of this version on one GPU, read from its cards, so that a new card is compared at once.
+
+Of `benchmarks.planner_calibration` every setting that a card has is compared; of the other cards
+what is listed here. Without the repository's `benchmarks/results` nothing is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .calibration import CSRC, KANANA, SDPA
+from .layer_times import ALL_FP8, Job
+from .observation import Observation, slice_of_30b
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+RATES = "rates of megatron_kanana"
+HOST = "host of megatron_kanana"
+OPTIMIZER = "optimizer_memory"
+"""What figures of this version are fitted by, in `calibration`."""
+
+PRECISIONS = {
+    "bf16": frozenset[str](),
+    "fp8_blockwise": frozenset({"projections"}),
+    "fp8_blockwise_experts": ALL_FP8,
+}
+PARTS = ("norms", "up_projections")
+RECOMPUTE: dict[str, Sequence[str]] = {"none": (), "parts": PARTS, "full": ("full",)}
+ATTENTION = {"csrc": CSRC, "sdpa": SDPA}
+MICROBATCHES = 4
+ALWAYS_SHOWN = [(form, again) for form in ("bf16", "fp8_blockwise") for again in ("none", "full")]
+"""Settings on an H200 that the table has measured or not."""
+
+
+@functools.cache
+def card_rows(card: str) -> dict[str, float]:
+    """Figures by the name of their row, nothing where there is no such card."""
+    path = RESULTS / f"{card}.json"
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {row["name"]: row["ours"] for row in rows}
+
+
+def of_calibration(machine: str) -> Iterator[Observation]:
+    """Steps of 4 layers with their update, in all settings of a card or those always shown."""
+    card = f"planner_calibration_{machine}"
+    rows = card_rows(card)
+    for attention, computed in ATTENTION.items():
+        for precision, fp8 in PRECISIONS.items():
+            for again, recompute in RECOMPUTE.items():
+                setting = f"{precision}, attention {attention}, recompute {again}"
+                shown = machine == "h200" and (precision, again) in ALWAYS_SHOWN
+                job = slice_of_30b(
+                    *(4, 2),
+                    machine=machine,
+                    implementation=dataclasses.replace(KANANA, attention=computed),
+                    fp8=fp8,
+                    microbatches=MICROBATCHES,
+                    recompute=recompute,
+                )
+                for quantity in ("step", "passes", "peak memory", "memory between steps"):
+                    measured = rows.get(f"{setting}: {quantity}")
+                    must = quantity in ("step", "peak memory") and attention == "csrc"
+                    if measured is None and not (shown and must):
+                        continue
+                    fitted = quantity in ("step", "passes") and measured is not None
+                    yield Observation(
+                        f"ours, 4 layers, 4 x 2 x 4096, {setting}, MuonClip, {machine.upper()}",
+                        quantity,
+                        measured,
+                        _source(card),
+                        job,
+                        "muon",
+                        calibrated=(RATES, HOST) if fitted else (),
+                    )
+
+
+def _of_step(
+    card: str, machine: str, sequences: int, row: str, precision: str, again: str
+) -> Iterator[Observation]:
+    """Passes of one microbatch through 10 layers, and memory of their activations."""
+    rows = card_rows(card)
+    job = slice_of_30b(
+        *(10, sequences),
+        machine=machine,
+        implementation=KANANA,
+        fp8=PRECISIONS[precision],
+        recompute=RECOMPUTE[again],
+    )
+    setting = f"{sequences} x 4096, ours, {row}"
+    name = f"ours, 10 layers, {sequences} x 4096, {precision}, recompute {again}, {machine.upper()}"
+    seconds, memory = rows.get(f"{setting}: step"), rows.get(f"{setting}: activation memory")
+    if seconds is not None:
+        seconds *= 1e-3
+        yield Observation(name, "passes", seconds, _source(card), job, calibrated=(RATES, HOST))
+    if memory is not None:
+        yield Observation(name, "activations", memory, _source(card), job)
+
+
+def _of_update(optimizer: str) -> Iterator[Observation]:
+    """Updates of 4 layers."""
+    card = "optimizer_step_h100"
+    measured = card_rows(card).get(f"{optimizer}: update")
+    if measured is not None:
+        word = "MuonClip" if optimizer == "muon" else "AdamW"
+        yield Observation(
+            f"ours, 4 layers, {word}, H100",
+            "update",
+            measured,
+            _source(card),
+            _slice(),
+            optimizer,
+            calibrated=(OPTIMIZER,) if optimizer == "adamw" else (),
+        )
+
+
+def _slice() -> Job:
+    return slice_of_30b(4, 2, machine="h100", implementation=KANANA)
+
+
+def _source(card: str) -> str:
+    return f"benchmarks/results/{card}.json"
+
+
+OURS: Sequence[Observation] = (
+    *of_calibration("h200"),
+    *of_calibration("h100"),
+    *_of_step("step_2x4096_h100", "h100", 2, "bf16", "bf16", "none"),
+    *_of_step("step_8x4096_h200", "h200", 8, "bf16", "bf16", "none"),
+    # The card's note: experts are in fp8 there, too.
+    *_of_step("step_8x4096_h200", "h200", 8, "fp8_blockwise", "fp8_blockwise_experts", "none"),
+    *_of_step("step_recompute_h200", "h200", 2, "bf16", "bf16", "parts"),
+    *_of_step("step_recompute_h200", "h200", 8, "bf16", "bf16", "parts"),
+    *_of_update("muon"),
+    *_of_update("adamw"),
+)
