@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,8 +53,8 @@ def with_largest_logit(largest: float) -> Change:
 
 
 def with_rising_logits(rise: float) -> Change:
-    """Logits that rise evenly along the keys, by this in all: each block of keys has a new maximum,
-    a little above the one before."""
+    """Logits that rise evenly along the keys, by this in all, or fall: each block of keys has a new
+    maximum, a little above the one before, for who goes through them in this order."""
 
     def change(case: Case, inputs: Inputs) -> None:
         slope = torch.linspace(0, 1, case.length, device="cuda")[:, None, None]
@@ -123,6 +123,8 @@ def sweep() -> Iterator[tuple[str, str, Case, Change | None]]:
     for rise in (3.0, 30.0, 300.0):
         name = f"logits that rise by {rise:g}"
         yield "rising logits", name, mla, with_rising_logits(rise)
+        name = f"logits that fall by {rise:g}"
+        yield "falling logits", name, mla, with_rising_logits(-rise)
     yield "constant rows", "equal keys", mla, with_constant_rows
     yield "constant rows", "zero queries", mla, with_zeros
     yield "scale", "a small scale, as YaRN's", dataclasses.replace(mla, scale=0.01), None
@@ -180,11 +182,17 @@ def compare(case: Case, change: Change | None, draws: int) -> tuple[list[Errors]
     return whole, list(not_run.values())
 
 
-def sweep_rows(draws: int) -> tuple[list[Row], list[str]]:
-    """A row a case and kind of error: ours beside the peer with the smallest one."""
+def sweep_rows(draws: int, groups: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """A row a case and kind of error: ours beside the peer with the smallest one.
+
+    Args:
+        groups: of the sweep's cases; none for all.
+    """
     results = []
     notes: dict[str, list[str]] = {}
     for group, name, case, change in sweep():
+        if groups and group not in groups:
+            continue
         measured, not_run = compare(case, change, draws)
         for reason in not_run:
             notes.setdefault(reason, []).append(name)
@@ -242,9 +250,12 @@ def main() -> None:
     parser.add_argument("--name", help="write benchmarks/results/NAME.json")
     parser.add_argument("--output", type=Path, help="folder of the card instead")
     parser.add_argument("--draws", type=int, default=16, help="random inputs of a case")
+    parser.add_argument("--groups", nargs="*", default=[], help="of cases; without, all")
     parser.add_argument("--memory", action="store_true", help="memory at great lengths instead")
     arguments = parser.parse_args()
-    rows, notes = (memory_rows(), []) if arguments.memory else sweep_rows(arguments.draws)
+    rows, notes = (
+        (memory_rows(), []) if arguments.memory else sweep_rows(arguments.draws, arguments.groups)
+    )
     if arguments.name:
         folder = {"results_dir": arguments.output} if arguments.output else {}
         print(write_card(arguments.name, rows, notes=notes, **folder))
