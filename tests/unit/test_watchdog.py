@@ -161,7 +161,7 @@ def test_on_gpus_the_first_operation_that_has_not_ended_is_read_from_the_flight_
 
 
 class FakeDetector:
-    """Answers as nvidia-resiliency-ext 0.4.1 does; its own needs a GPU."""
+    """Answers as nvidia-resiliency-ext 0.4.1 does, which tests/faults/scored_gpus.py runs."""
 
     initialized = False
     calls: ClassVar[list[str]] = []
@@ -205,7 +205,7 @@ def test_gpus_are_scored_by_nvidia_resiliency_ext_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert gpu_scores.gpu_scores(torch.device("cpu")) is None
-    assert gpu_scores.gpu_scores(torch.device("cuda")) is None  # not installed here
+    assert gpu_scores.gpu_scores(torch.device("cuda")) is None  # not here, or without CUPTI
     name = "nvidia_resiliency_ext.straggler"
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", ModuleType("nvidia_resiliency_ext"))
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -217,3 +217,24 @@ def test_gpus_are_scored_by_nvidia_resiliency_ext_where_it_is_installed(
     assert FakeDetector.calls == ["step", "end"]
     assert scores.slow(1.5) == {2: "n2"}
     assert scores.slow(3.0) == {}
+
+
+def test_a_version_of_cupti_that_is_missing_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As nvidia-resiliency-ext 0.4.1 beside torch for CUDA 13."""
+
+    class WithoutCupti(FakeDetector):
+        initialized = False
+
+        @classmethod
+        def initialize(cls, **_: Any) -> None:
+            raise ImportError("libcupti.so.12: cannot open shared object file")
+
+    name = "nvidia_resiliency_ext.straggler"
+    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", ModuleType("nvidia_resiliency_ext"))
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    vars(sys.modules[name])["Detector"] = WithoutCupti
+    caplog.set_level("INFO")
+    assert gpu_scores.gpu_scores(torch.device("cuda")) is None
+    assert "libcupti.so.12" in caplog.text
