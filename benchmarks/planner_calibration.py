@@ -10,8 +10,8 @@ nothing is predicted, there are times alone. `python -m tools.plan --errors` rea
 planner_calibration_h100 and planner_calibration_h200.
 
 A setting that fails is noted, and the others run. What was measured is printed, and the card
-written anew, after each. Processes start all at once and wait for their turn, as one takes longer
-to import than to measure.
+written anew, after each. Processes start all at once and wait for their turn on the GPU, as each
+takes longer to start than to measure.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from .several_runs import OneProcess, settings_of
 PRECISIONS = ("bf16", "fp8_blockwise", "fp8_blockwise_experts")
 RECOMPUTE = {
     "none": ("parallel.recompute=none",),
+    "full": ("parallel.recompute=full",),
     "parts": (
         "parallel.recompute=selective",
         "parallel.recompute_parts=[norms,up_projections]",
     ),
-    "full": ("parallel.recompute=full",),
 }
 WARM_UP = 2
 LONGEST_SECONDS = 120.0
@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     cases = itertools.product(
         options.attention if on_gpu else ("auto",),
-        options.precisions if on_gpu else ("auto",),
         options.recompute,
+        options.precisions if on_gpu else ("auto",),
     )
     rows: list[Row] = []
     notes = [
@@ -119,13 +119,13 @@ class Case:
     """
 
     def __init__(
-        self, attention: str, precision: str, recompute: str, options: argparse.Namespace
+        self, attention: str, recompute: str, precision: str, options: argparse.Namespace
     ) -> None:
         words = [] if attention == "auto" else [precision, f"attention {attention}"]
         self.name = ", ".join([*words, f"recompute {recompute}"])
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
-        arguments = (theirs, self.name, attention, precision, recompute, options)
+        arguments = (theirs, self.name, attention, recompute, precision, options)
         self._process = context.Process(target=_take_turn, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -152,35 +152,36 @@ def _take_turn(
     connection: Connection,
     name: str,
     attention: str,
-    precision: str,
     recompute: str,
+    precision: str,
     options: argparse.Namespace,
 ) -> None:
-    _import_slow_packages()
-    connection.recv()
+    found: list[Row] | str
     try:
-        connection.send(measure(name, attention, precision, recompute, options))
+        settings = _settings(attention, recompute, precision, options)
+        process = OneProcess(settings)
+        import megatron_kanana.training.step  # noqa: F401
     except Exception as error:  # the other settings run nevertheless
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        connection.send(reason[:400])
-
-
-def _import_slow_packages() -> None:
-    """Not megatron-core, which patches come before."""
-    if torch.cuda.is_available():
+        found = _reason(error)
+        connection.recv()
+    else:
+        connection.recv()
         try:
-            import transformer_engine.pytorch  # noqa: F401
-        except ImportError:
-            return
+            found = measure(name, settings, process, options)
+        except Exception as error:
+            found = _reason(error)
+    connection.send(found)
 
 
-def measure(
-    name: str, attention: str, precision: str, recompute: str, options: argparse.Namespace
-) -> list[Row]:
-    """Rows of one setting."""
-    on_gpu = torch.cuda.is_available()
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
+def _settings(
+    attention: str, recompute: str, precision: str, options: argparse.Namespace
+) -> Settings:
     kernels = [f"kernels.backend={attention}"]
-    if on_gpu:
+    if torch.cuda.is_available():
         kernels += ["kernels.moe_backend=csrc", "kernels.loss_backend=csrc"]
         kernels += ["kernels.linear_backend=te", "kernels.rope_backend=triton"]
     settings = settings_of(
@@ -195,9 +196,16 @@ def measure(
         ]
     )
     settings.data.tokenizer = str(builtin_data(options.cache_dir, options.vocabulary).tokenizer)
-    if on_gpu:
+    if torch.cuda.is_available():
         settings.model.vocab_size = 128256
-    run = OneProcess(settings).build(settings)
+    return settings
+
+
+def measure(
+    name: str, settings: Settings, process: OneProcess, options: argparse.Namespace
+) -> list[Row]:
+    """Rows of one setting."""
+    run = process.build(settings)
 
     from megatron_kanana.training.step import run_schedule, train_step
 
