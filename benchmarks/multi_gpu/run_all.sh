@@ -4,7 +4,7 @@
 # PART is any of: correctness speed train; without any, all. SECONDS (580) are shared out over the parts.
 # Leaves in OUT cards, loss curve, report, a summary and logs.tar.gz, and goes on when a part fails;
 # ends with 1 if one did. PYTHON names the interpreter; DEVICE=cpu and EXTRA=--tiny try it over gloo;
-# WORK is a fast disk for checkpoints, TRAIN_OPTIONS goes to train, SPEED_OPTIONS to speed.
+# WORK is a fast disk for checkpoints; CORRECTNESS_OPTIONS, SPEED_OPTIONS, TRAIN_OPTIONS go to the parts.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 if [ $# -lt 2 ]; then
@@ -30,6 +30,7 @@ end=$((SECONDS + seconds))
 device=${DEVICE:-cuda}
 common=(--device "$device" --results-dir "$out")
 read -ra extra <<< "${EXTRA:-}"
+read -ra correctness_options <<< "${CORRECTNESS_OPTIONS:-}"
 read -ra train_options <<< "${TRAIN_OPTIONS:-}"
 read -ra speed_options <<< "${SPEED_OPTIONS:-}"
 summary=$out/summary.txt
@@ -47,7 +48,8 @@ for index in "${!parts[@]}"; do
   began=$SECONDS
   arguments=("${common[@]}" --name "$name" --seconds "$share" "${extra[@]}")
   case $part in
-    correctness) arguments+=(--processes "$gpus" --work "$work/correctness") ;;
+    correctness)
+      arguments+=(--processes "$gpus" --work "$work/correctness" "${correctness_options[@]}") ;;
     speed) arguments+=(--processes "${counts[@]}" --work "$work/speed" "${speed_options[@]}") ;;
     train) arguments+=(--processes "$gpus" --work "$work" "${train_options[@]}") ;;
     *) echo "no such part: $part" >&2; exit 2 ;;

@@ -51,8 +51,13 @@ VOCABULARY, TINY_VOCABULARY = 8192, 4096
 SEQUENCES = 16  # of a step, for each process
 TINY_STEPS = 12
 PROBE_STEPS = 8
-RESERVE_SECONDS = 90.0
-"""For starting twice, saving, evaluating and the report."""
+SAVES = 4
+KILL = 3 / 8
+"""Part of the steps after which a rank is killed: half of the way from a checkpoint to the next."""
+DONE_TWICE = KILL - 1 / SAVES
+RESERVE_SECONDS = 150.0
+"""For starting, for torchrun's 30 s until it kills who waits for a killed rank, for starting again,
+loading, saving, evaluating and the report."""
 
 
 class Training:
@@ -96,6 +101,7 @@ class Training:
             [
                 *(sys.executable, "tools/preprocess_data.py", *map(str, text)),
                 *("--tokenizer", str(builtin.tokenizer), "--output", str(corpus)),
+                "--shard-mb=8",  # so that all cores have some
             ],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": starts.environment(self.place)["PYTHONPATH"]},
@@ -132,21 +138,23 @@ class Training:
         command = self.command("probe", 10_000)
         if failure := watch(command, self.place, self.log, left / 2, done):
             raise RuntimeError(f"the start that measures a step: {failure}")
-        tokens = SEQUENCES * self.options.processes * 2048
-        rates = [record["tokens_per_second"] for record in steps_of(probe)[PROBE_STEPS // 2 :]]
+        steps = steps_of(probe)
+        tokens = steps[0]["tokens"] / steps[0]["step"]
+        rates = [record["tokens_per_second"] for record in steps[PROBE_STEPS // 2 :]]
         left = self.end - time.monotonic() - RESERVE_SECONDS
-        return max(20, int(left * statistics.median(rates) / tokens))
+        possible = int(left * statistics.median(rates) / tokens / (1 + DONE_TWICE))
+        return max(20, possible // SAVES * SAVES)
 
     def run(self, steps: int) -> Told:
         """Train, and kill a rank in the middle."""
-        save = (f"checkpoint.save_interval={max(1, steps // 3)}", "checkpoint.keep_last=1")
+        save = (f"checkpoint.save_interval={max(1, steps // SAVES)}", "checkpoint.keep_last=1")
         return run_with_a_kill(
             self.command("run", steps, *save, restarts=1),
             self.place,
             self.log,
             self.work / "run",
             processes=self.options.processes,
-            kill_step=steps // 2,
+            kill_step=int(KILL * steps),
             seconds=self.end - time.monotonic(),
         )
 
