@@ -1,6 +1,9 @@
 """What all guards together cost a training step: blocks of steps with and without them, in turn.
 
 torchrun --nproc-per-node 2 -m benchmarks.guard_overhead --name guard_overhead_cpu
+python -m benchmarks.guard_overhead --name guard_overhead_h100 --steps 2 --seconds 40 \
+    model=kanana_2_30b_a3b model.num_layers=4 model.vocab_size=8192 optimizer=muon \
+    data.sequence_length=4096 schedule.micro_batch_size=2 schedule.global_batch_size=8
 
 With them: the checks of loss and gradients, the trace of every layer, and the watchdog's thread.
 The comparison of the processes' own times, which comes once in `watchdog.straggler_interval` steps,
@@ -34,7 +37,6 @@ from megatron_kanana.config import Settings, detect_environment, load_settings
 
 from .card import RESULTS_DIR, Row, write_card
 
-STEPS_OF_A_BLOCK = 5
 WARM_UP = 4
 """Blocks that are not measured; in the first one the watchdog finds torch's store."""
 
@@ -48,14 +50,19 @@ GUARDS_OFF: dict[str, Any] = {
 
 def main() -> None:
     """Measure, and write the card on the first process."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", required=True, help="name of the card")
-    parser.add_argument("--blocks", type=int, default=150, help="blocks of each kind")
+    parser.add_argument("--blocks", type=int, default=150, help="blocks of each kind, at most")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a block")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for the blocks, at most")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR)
     parser.add_argument("overrides", nargs="*", help="settings of the run")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(options.blocks, [*options.overrides, f"output_dir={folder}"])
+        words = [*options.overrides, f"output_dir={folder}"]
+        rows = measure(options.blocks, options.steps, options.seconds, words)
     if dist.get_rank() == 0:
         for row in rows:
             print(f"{row.name}: {row.ours:.4g} {row.unit}")
@@ -63,11 +70,18 @@ def main() -> None:
     device.destroy_process_groups()
 
 
-def measure(blocks: int, overrides: list[str]) -> list[Row]:
-    """Time both kinds of blocks."""
+def measure(blocks: int, steps: int, limit: float, overrides: list[str]) -> list[Row]:
+    """Time both kinds of blocks.
+
+    Args:
+        blocks: of each kind, at most.
+        steps: of a block.
+        limit: seconds after which no pair of blocks begins.
+        overrides: settings of the run.
+    """
     environment = detect_environment()
-    steps = (2 * blocks + WARM_UP) * STEPS_OF_A_BLOCK
-    words = [f"schedule.steps={steps}", "schedule.warmup_steps=10", "schedule.decay_steps=0"]
+    total = (2 * blocks + WARM_UP) * steps
+    words = [f"schedule.steps={total}", "schedule.warmup_steps=10", "schedule.decay_steps=0"]
     settings = load_settings([*words, *overrides], environment)
     where = device.prepare_device(settings, environment)
     device.initialize_process_groups(settings, where)
@@ -80,14 +94,19 @@ def measure(blocks: int, overrides: list[str]) -> list[Row]:
     kinds = {True: (run.guards, layer_hooks(run)), False: (off, {})}
     iterators, _ = training_data(run)
     seconds: dict[bool, list[list[float]]] = {True: [], False: []}
+    end = math.inf
     with watched(settings, run) as watching:
         for block in range(2 * blocks + WARM_UP):
+            if block == WARM_UP:
+                end = time.monotonic() + limit
+            elif block > WARM_UP and block % 2 == 0 and over(end, where):
+                break
             # On, off, off, on, ...: a drift of the machine hits both alike.
             guarded = block % 4 in (0, 3)
             run.guards, hooks = kinds[guarded]
             put_hooks(run, hooks)
-            step = partial(train_block, run, iterators, watching if guarded else None)
-            time_of_step = timed(step, where) / STEPS_OF_A_BLOCK
+            step = partial(train_block, run, iterators, steps, watching if guarded else None)
+            time_of_step = timed(step, where) / steps
             if guarded:
                 compare = partial(watching.stragglers.step_done, run.step, None)
                 time_of_step += timed(compare, where) / settings.watchdog.straggler_interval
@@ -97,6 +116,13 @@ def measure(blocks: int, overrides: list[str]) -> list[Row]:
     for index, name in enumerate(("step", "CPU time of a step, all processes")):
         rows += rows_of(name, *([each[index] for each in seconds[kind]] for kind in (True, False)))
     return rows
+
+
+def over(end: float, where: Any) -> bool:
+    """Whether the first process finds that it is later; all processes ask at the same time."""
+    late = torch.tensor([int(time.monotonic() > end)], device=where.torch_device)
+    dist.broadcast(late, 0)
+    return bool(late)
 
 
 def timed(function: Callable[[], None], where: Any) -> torch.Tensor:
@@ -186,17 +212,17 @@ def watched(settings: Settings, run: Any) -> Iterator[Watched]:
         pause.watching.set()
 
 
-def train_block(run: Any, iterators: Any, watching: Watched | None) -> None:
+def train_block(run: Any, iterators: Any, steps: int, watching: Watched | None) -> None:
     """The steps of one block."""
     from megatron_kanana.training.step import train_step
 
     if watching is not None:
         watching.pause.watching.set()
-    for _ in range(STEPS_OF_A_BLOCK):
+    for _ in range(steps):
         if watching is not None:
             watching.watchdog.enter_step(run.step + 1)
         result = train_step(run, iterators)
-        assert not result.troubles
+        assert result.applied
     if watching is not None:
         watching.pause.watching.clear()
 

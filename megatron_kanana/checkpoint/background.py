@@ -47,7 +47,7 @@ class Work:
         self._started = time.monotonic()
         self._outcome: Outcome | None = None
         self._process: Any = None
-        # Page-locked memory, which copies from a GPU lie in, is the same in a forked process: what
+        # Page-locked memory, in which copies from a GPU lie, is no copy in a forked process: what
         # the function reads must not be given back, and used anew, before it has ended.
         self._function: Callable[[], Any] | None = function
         if not background:

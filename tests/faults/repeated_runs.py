@@ -83,14 +83,19 @@ class RepeatedRuns:
         return list(read_records(self.folder / name / "metrics.jsonl"))
 
     def differences(self, name: str, other: str = FIRST) -> list[str]:
-        """Everything in which what two runs left is unlike, from the first checkpoint on."""
+        """Of records, and of tensors of the first checkpoint of two runs that is unlike."""
         found = list(different_records(self.records(name), self.records(other)))
-        for step in sorted({*self.steps(name)} | {*self.steps(other)}):
+        if self.steps(name) != self.steps(other):
+            found.append(f"checkpoints: {self.steps(name)} instead of {self.steps(other)}")
+            return found
+        for step in self.steps(name):
             ours, theirs = (
                 saved_tensors(whole_path(self.folder / run / "checkpoints", step))
                 for run in (name, other)
             )
-            found += [f"step {step}: {each}" for each in different_tensors(ours, theirs)]
+            unlike = [f"step {step}: {each}" for each in different_tensors(ours, theirs)]
+            if unlike:
+                return found + unlike
         return found
 
     def _kill(self) -> None:

@@ -3,7 +3,9 @@
 Arguments: a folder, and those of the main job. The folder gets the checkpoints `blocking`,
 `background` and `later`: the first two of one step, one waited for, the other written while the
 weights change; the third of a later step. Printed is a line of JSON with `trained_seconds`, from
-the begin of the background save to the last step, and `written_seconds`, to its end.
+the begin of the background save to the last step, `written_seconds`, to its end, and
+`page_locked_is_shared`, whether a forked process sees what is written later into memory whose pages
+are locked.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -76,7 +79,8 @@ def main(folder: Path, arguments: list[str]) -> None:
     background.finish()
     written = time.monotonic() - begin
     writer_to("later", asynchronous=False).save(run)
-    print(json.dumps({"trained_seconds": trained, "written_seconds": written}))
+    told = {"trained_seconds": trained, "written_seconds": written}
+    print(json.dumps({**told, "page_locked_is_shared": where.is_cuda and is_shared()}))
     device.destroy_process_groups()
 
 
@@ -91,6 +95,18 @@ def overwrite_free_memory(run: Any) -> None:
     ]
     torch.cuda.synchronize()
     del kept
+
+
+def is_shared() -> bool:
+    """Whether page-locked memory is one with that of a forked process."""
+    memory = torch.zeros(1 << 20, dtype=torch.uint8, pin_memory=True)
+    numbers = memory.numpy()
+    child = os.fork()
+    if child == 0:
+        time.sleep(0.5)
+        os._exit(int(numbers[0]))
+    numbers[0] = 1
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 if __name__ == "__main__":

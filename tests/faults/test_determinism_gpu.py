@@ -17,7 +17,7 @@ import pytest
 
 from tests.faults.repeated_runs import AGAIN, FIRST, KILLED, SAVE_INTERVAL, STEPS, RepeatedRuns
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.gpu
 
 PRECISIONS = ("bf16", "fp8_blockwise")
 MODEL = (  # the smallest that the kernels for Hopper take, in fp8 as well

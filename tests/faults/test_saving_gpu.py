@@ -31,6 +31,7 @@ def test_a_save_in_the_background_equals_one_that_training_waits_for(
     )
     assert finished.returncode == 0, finished.stderr
     told = json.loads(finished.stdout.splitlines()[-1])
+    print(told)
     blocking, background, later = (
         whole_path(tmp_path / name, step)
         for name, step in (("blocking", STEPS), ("background", STEPS), ("later", 2 * STEPS))
