@@ -119,8 +119,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     plan.add_argument(
         "--fp8",
         action="store_true",
-        help="projections and experts in fp8, for an --implementation that is not this version;"
-        " else precision says it",
+        help="projections and experts in fp8, for another --implementation than this version,"
+        " which precision tells",
     )
     plan.add_argument(
         "--expert-load",
@@ -179,9 +179,10 @@ def report_plan(settings: Settings, environment: Environment, options: argparse.
     """Print the prediction of the run, or of the layouts found; returns the exit code.
 
     Raises:
-        ConfigurationError: the machine is not known, or one of its values is wrong.
+        ConfigurationError: the machine is not known, one of its values is wrong, or --fp8 is given
+            for this version.
     """
-    from megatron_kanana.planning.calibration import IMPLEMENTATIONS
+    from megatron_kanana.planning.calibration import IMPLEMENTATIONS, KANANA
     from megatron_kanana.planning.machines import machine_named
     from megatron_kanana.planning.plan import plan_run
     from megatron_kanana.planning.report import plan_lines, run_values, search_lines, search_values
@@ -189,6 +190,9 @@ def report_plan(settings: Settings, environment: Environment, options: argparse.
 
     machine = machine_named(options.machine, machine_values(options.machine_value))
     implementation = IMPLEMENTATIONS[options.implementation]
+    if options.fp8 and implementation is KANANA:
+        remedy = "set precision=fp8_blockwise or fp8_blockwise_experts, or another --implementation"
+        raise ConfigurationError([Problem("--fp8", True, "is not for this version", remedy)])
     if not options.search:
         run = plan_run(
             settings,

@@ -20,7 +20,8 @@ width s, E experts, and two bytes an element:
 Where tokens come from other processes, csrc's experts keep what comes (`arrived_bytes`).
 
 In fp8 a projection keeps its input in blocks of e4m3, 1 + 1/32 bytes an element, and each has one
-of its own: query and key-value down-projections two, where 2d bytes in bf16 serve both. The output
+of its own: query and key-value down-projections two, where 2d bytes in bf16 serve both, or what is
+in bf16 of them. The output
 projection keeps attention's own output, and projections behind a norm that is computed again keep
 its bf16 output, which is gone meanwhile (megatron-core's `set_save_original_input`). csrc's experts
 keep in fp8 what they keep in bf16; megatron-core's keep all their inputs in fp8.
@@ -36,7 +37,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from .architecture import Architecture
+from .architecture import EXPERTS, Architecture
 from .calibration import FP8_BYTES, Implementation
 from .communication import distinct
 from .layout import Layout, Stage
@@ -61,19 +62,24 @@ def attention_bytes(
     """
     hidden, heads = architecture.hidden_size, architecture.num_heads
     query, value = architecture.query_key_dim, architecture.value_dim
-    in_fp8 = "projections" in fp8
     up_again = "up_projections" in recompute
     result = {"norm": 2.0 * hidden + 4, "projection input": 2.0 * hidden}
-    has_direct_query = architecture.kv_lora_rank is not None and architecture.q_lora_rank is None
-    # A query projection that is computed again keeps its input as it came.
-    query_again = has_direct_query and up_again
-    if in_fp8 and "norms" not in recompute:
-        copies = 1 if architecture.kv_lora_rank is None or query_again else 2
-        result["projection input"] = (copies * FP8_BYTES + (2.0 if query_again else 0.0)) * hidden
-    elif in_fp8 and has_direct_query and not query_again:
+    if architecture.kv_lora_rank is None:
+        readers = {"query_key_value"}
+    else:
+        readers = {"query" if architecture.q_lora_rank is None else "query_down", "key_value_down"}
+    # Projections that are computed again keep their inputs as they came.
+    quantised = readers & fp8 - ({"query"} if up_again else set())
+    if "norms" not in recompute:
+        kept = len(quantised) * FP8_BYTES + (2.0 if readers - quantised else 0.0)
+        result["projection input"] = kept * hidden
+    elif "query" in quantised:
         # megatron-core has the down-projections alone keep what is computed again.
         result["query projection input"] = FP8_BYTES * hidden
-    of_latent = FP8_BYTES if in_fp8 and not up_again else 2.0  # inputs of up-projections
+
+    def of_latent(kind: str) -> float:
+        return FP8_BYTES if kind in fp8 and not up_again else 2.0
+
     keys = heads
     if architecture.kv_lora_rank is None:
         keys = architecture.num_key_value_heads
@@ -81,9 +87,10 @@ def attention_bytes(
         result["query and key norms"] = (heads + keys) * (2.0 * query + 4)
     else:
         latent = architecture.kv_lora_rank
-        result["latent"] = 2.0 * (latent + architecture.rope_dim) + 4 + of_latent * latent
+        result["latent"] = 2.0 * (latent + architecture.rope_dim) + 4
+        result["latent"] += of_latent("key_value_up") * latent
         if architecture.q_lora_rank is not None:
-            result["query latent"] = (2.0 + of_latent) * architecture.q_lora_rank + 4
+            result["query latent"] = (2.0 + of_latent("query_up")) * architecture.q_lora_rank + 4
     result["query, key, value"] = 2.0 * (heads * query + keys * (query + value))
     result["attention output"] = 2.0 * heads * value + 4 * heads
     return result
@@ -117,17 +124,17 @@ def feed_forward_bytes(
     hidden = architecture.hidden_size
     result = {"norm": 2.0 * hidden + 4, "projection input": 2.0 * hidden}
     if not is_moe:
-        of_input = FP8_BYTES if "projections" in fp8 else 2.0
-        if not recompute & {"norms", "dense_feed_forward"}:
-            result["projection input"] = of_input * hidden
-        of_width = (4.0 if implementation.fuses_activations else 8.0) + of_input
+        if "gate_up" in fp8 and not recompute & {"norms", "dense_feed_forward"}:
+            result["projection input"] = FP8_BYTES * hidden
+        of_width = 4.0 if implementation.fuses_activations else 8.0
+        of_width += FP8_BYTES if "down" in fp8 else 2.0
         result["activation"] = of_width * architecture.ffn_hidden_size
         return result
     visited, width = architecture.num_experts_per_token, architecture.expert_hidden_size
     experts = implementation.experts
     of_expert, of_visit, of_token = experts.router
     result["router"] = of_expert * architecture.num_experts + of_visit * visited + of_token
-    saved = 2.0 - FP8_BYTES if experts.quantised_inputs and "experts" in fp8 else 0.0
+    saved = 2.0 - FP8_BYTES if experts.quantised_inputs and EXPERTS in fp8 else 0.0
     of_hidden = max(0.0, experts.hidden - saved)
     result["gathered tokens"] = of_hidden * visited * hidden
     result["experts"] = (experts.width - saved) * visited * width

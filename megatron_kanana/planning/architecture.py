@@ -10,10 +10,15 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_kanana.config.precision_settings import DENSE_WEIGHTS
 from megatron_kanana.config.schema import ModelSettings, OptimizerSettings
 
 ADAMW_KINDS = ("router", "embedding", "output_layer", "vector")
 """Kinds of weights that Muon leaves to AdamW unless the settings say otherwise."""
+
+EXPERTS = "experts"
+ALL_FP8 = frozenset({*DENSE_WEIGHTS, "query_key_value", EXPERTS})
+"""Everything that can compute in fp8: kinds of dense weights, and routed and shared experts."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ class Weight:
     group: str = "dense"
     matrices: tuple[int, ...] = ()
     of_experts: bool = False
+
+    @property
+    def format_key(self) -> str:
+        """What `layer_times.Job.fp8` has where products with it are in fp8."""
+        return EXPERTS if self.of_experts else self.kind
 
     @property
     def size(self) -> int:

@@ -88,9 +88,7 @@ def quantised_weights(
 
 
 def _quantised(weight: Weight, layout: Layout, fp8: frozenset[str]) -> int:
-    if weight.kind in ("vector", "router"):
-        return 0
-    if ("experts" if weight.of_experts else "projections") not in fp8:
+    if weight.format_key not in fp8:
         return 0
     return weight.local_size(layout.tensor, layout.expert, layout.expert_tensor)
 

@@ -7,6 +7,7 @@ import dataclasses
 from megatron_kanana.config import Settings
 from megatron_kanana.config.environment import resolve_precision
 
+from .architecture import ALL_FP8, EXPERTS
 from .attention import attention_of
 from .calibration import KANANA, Implementation
 from .experts import experts_of
@@ -31,5 +32,5 @@ def fp8_of(settings: Settings) -> frozenset[str]:
     precision = settings.precision
     if precision.fp8 == "none":
         return frozenset()
-    experts = {"experts"} if precision.experts == "fp8" else set()
-    return frozenset({"projections", *experts})
+    left_out = {*precision.bf16_weights, *(() if precision.experts == "fp8" else (EXPERTS,))}
+    return ALL_FP8 - left_out

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from .activations import MAX_LOGIT_ROWS, takes_gradients_early
-from .architecture import Architecture, Weight, multiply_size
+from .architecture import EXPERTS, Architecture, Weight, multiply_size
 from .calibration import QUANTISING_BYTES, Efficiencies, Implementation
 from .communication import (
     Message,
@@ -28,7 +28,6 @@ from .layout import Layout, Stage
 from .machines import Machine
 
 FORWARD_SHARE_OF_HOST = 1 / 3  # a backward pass launches about twice as much
-ALL_FP8 = frozenset({"projections", "experts"})
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class Job:
         layout: its layout.
         machine: GPUs and network.
         implementation: how layers are computed.
-        fp8: what computes in fp8: 'projections', 'experts', both (`ALL_FP8`) or nothing; the output
-            layer never does.
+        fp8: what computes in fp8, of `architecture.ALL_FP8`: kinds of dense weights, and 'experts'.
         bf16_layers: first and last layers that it leaves out.
         efficiencies: shares of the machine's peaks.
     """
@@ -125,7 +123,8 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
     parts["core attention"] = _core_attention(job, forward=forward)
     parts["moving data"] = _moving(job, forward=forward, is_moe=is_moe)
     host = job.implementation.host_layer
-    host += job.implementation.host_fp8 if "projections" in job.fp8 else 0.0
+    linear = [weight.kind for weight in architecture.attention() if weight.kind != "vector"]
+    host += job.implementation.host_fp8 * len(job.fp8.intersection(linear)) / len(linear)
     if is_moe:
         experts = architecture.experts()
         routed = [weight for weight in experts if weight.group == "experts"]
@@ -133,7 +132,7 @@ def _plain_layer_parts(job: Job, *, forward: bool, is_moe: bool) -> Parts:
         parts["routed experts"] = _products(job, routed, forward=forward)
         parts["shared experts"] = _products(job, others, forward=forward)
         local = architecture.num_experts / layout.expert
-        form = "fp8" if "experts" in job.fp8 else "bf16"
+        form = "fp8" if EXPERTS in job.fp8 else "bf16"
         host += job.implementation.host_moe
         if not job.implementation.experts.single_launch:
             host += local * job.implementation.host_expert[form]
@@ -241,11 +240,11 @@ def _rates(job: Job, weight: Weight) -> tuple[float, float]:
         return rate, rate
     if weight.of_experts and experts.share is not None:
         in_bf16 = machine.bf16_flops * experts.share
-        if "experts" not in job.fp8 or experts.share_fp8 is None:
+        if EXPERTS not in job.fp8 or experts.share_fp8 is None:
             return in_bf16, in_bf16
         return machine.fp8_flops * experts.share_fp8, in_bf16
     of_group = efficiencies.grouped_matmul if is_routed else efficiencies.matmul
-    if ("experts" if weight.of_experts else "projections") not in job.fp8:
+    if weight.format_key not in job.fp8:
         rate = machine.bf16_flops * of_group
         return rate, rate
     share = job.implementation.matmul_fp8 or efficiencies.matmul_fp8
@@ -324,14 +323,12 @@ def _quantised(job: Job, *, forward: bool, is_moe: bool) -> float:
     """Numbers of a token that are quantised: inputs of products, backward gradients of outputs."""
     architecture = job.architecture
     hidden, visited = architecture.hidden_size, architecture.num_experts_per_token
-    numbers = 0.0
-    if "projections" in job.fp8:
-        weights = architecture.attention()
-        if not is_moe:
-            weights += architecture.dense_feed_forward()
-        matrices = [weight for weight in weights if weight.kind != "vector"]
-        numbers += sum(weight.columns if forward else weight.rows for weight in matrices)
-    if "experts" in job.fp8 and is_moe:
+    weights = architecture.attention()
+    if not is_moe:
+        weights += architecture.dense_feed_forward()
+    matrices = [weight for weight in weights if weight.kind in job.fp8]
+    numbers = float(sum(weight.columns if forward else weight.rows for weight in matrices))
+    if EXPERTS in job.fp8 and is_moe:
         width, shared = architecture.expert_hidden_size, architecture.shared_hidden_size
         if job.implementation.experts.single_launch:  # the others leave products in fp8
             numbers += hidden

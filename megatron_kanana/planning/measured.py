@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from .architecture import Architecture
+from .architecture import ALL_FP8, Architecture
 from .calibration import DEEPEP
-from .layer_times import ALL_FP8, Job
+from .layer_times import Job
 from .layout import Layout
 from .machines import MACHINES
 from .observation import Observation, slice_of_30b

@@ -10,7 +10,7 @@ from megatron_kanana.config.batch_sizes import samples_of_steps
 from megatron_kanana.config.schema import OptimizerSettings
 
 from .activations import stage_bytes
-from .architecture import Architecture
+from .architecture import ALL_FP8, Architecture
 from .calibration import KANANA, RESERVED_MEMORY, Implementation
 from .communication import pipeline_message
 from .flops import flops_per_token
@@ -23,7 +23,7 @@ from .holdings import (
     state_bytes,
 )
 from .implementation import fp8_of, implementation_of
-from .layer_times import ALL_FP8, Job, Parts, pass_seconds, stage_parts
+from .layer_times import Job, Parts, pass_seconds, stage_parts
 from .layout import Layout, Stage, stages
 from .machines import Machine
 from .pipeline import makespan, peak_bytes

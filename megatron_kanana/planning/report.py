@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_kanana.config.precision_settings import DENSE_WEIGHTS
+
+from .architecture import EXPERTS
 from .calibration import KANANA
 from .errors import Comparison, fit_own
 from .observation import GIB
@@ -51,8 +54,12 @@ def plan_lines(run: RunPlan) -> Iterator[str]:
 
 
 def _in_fp8(plan: Plan) -> str:
-    parts = " and ".join(sorted(plan.job.fp8, reverse=True))
-    return f" with {parts} in fp8" if parts else ""
+    fp8 = plan.job.fp8
+    if not fp8:
+        return ""
+    left_out = [kind for kind in DENSE_WEIGHTS if kind not in fp8]
+    words = "projections" + (f" (without {', '.join(left_out)})" if left_out else "")
+    return f" with {words}{' and experts' if EXPERTS in fp8 else ''} in fp8"
 
 
 def _step_lines(tokens: float, plan: Plan) -> Iterator[str]:

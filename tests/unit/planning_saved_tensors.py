@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ def measure(settings: Settings, where: Any) -> dict[str, int]:
     of_experts = "torch" if settings.kernels.moe_backend == "auto" else settings.kernels.moe_backend
     backends = Backends(backend, of_experts, loss="csrc")
     model = Float16Module(config, gpt_model(settings, config, backends)).train()
+    if settings.precision.fp8 != "none":  # which a CPU leaves out
+        left_out = settings.precision.bf16_weights
+        quantise_inputs(model, settings.parallel.recompute_parts, left_out)
     # As data parallelism has it: the output layer adds to its sums, and no gradient stays.
     output = model.module.output_layer.weight
     output.main_grad, output.grad_added_to_main_grad = torch.zeros_like(output).float(), False
@@ -89,6 +93,56 @@ def measure(settings: Settings, where: Any) -> dict[str, int]:
     kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     saved.clear()
     return {"saved": kept, "peak": peak_of(model, tokens, positions)}
+
+
+class LinearOfQuantised(torch.autograd.Function):
+    """A linear layer that keeps its input as Transformer Engine's do in blockwise fp8."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """inputs @ weight.T, in their own format."""
+        scales = inputs.new_empty(inputs.numel() // 128, dtype=torch.float32)
+        ctx.save_for_backward(inputs.to(torch.float8_e4m3fn), scales, weight)
+        return inputs @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of both, from the quantised input."""
+        quantised, _, weight = ctx.saved_tensors
+        inputs = quantised.to(grad.dtype).flatten(0, -2)
+        return grad @ weight, grad.flatten(0, -2).t() @ inputs
+
+
+def quantise_inputs(model: torch.nn.Module, again: list[str], left_out: list[str]) -> None:
+    """Have projections keep quantised inputs, but where megatron-core has them keep the original.
+
+    That is the output projection, which shares attention's output, and with norms computed again
+    the down-projections and the dense feed-forward's first layer, whose input is gone meanwhile
+    (`set_save_original_input`).
+
+    Args:
+        again: `parallel.recompute_parts`.
+        left_out: `precision.bf16_weights`.
+    """
+    kinds = {
+        "linear_q_proj": "query",
+        "linear_q_up_proj": "query_up",
+        "linear_kv_up_proj": "key_value_up",
+        "mlp.linear_fc2": "down",
+    }
+    if "norms" not in again:
+        kinds["linear_q_down_proj"] = "query_down"
+        kinds["linear_kv_down_proj"] = "key_value_down"
+        kinds["mlp.linear_fc1"] = "gate_up"
+    names = tuple(name for name, kind in kinds.items() if kind not in left_out)
+    for name, module in model.named_modules():
+        if name.endswith(names):
+            module.forward = partial(forward_of_quantised, module)
+
+
+def forward_of_quantised(module: Any, inputs: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """What megatron-core's linear layers return: the output, and no bias."""
+    return LinearOfQuantised.apply(inputs, module.weight), None
 
 
 def drop_gradient(parameter: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -27,9 +28,12 @@ from megatron_kanana.planning.calibration import (
     TRANSFORMER_ENGINE,
     Implementation,
 )
+from megatron_kanana.planning.implementation import fp8_of
 from megatron_kanana.planning.layout import Layout, stages
 from tests.launch import CONFIG_DIR, run_python
 
+FP8 = ["precision.fp8=blockwise"]
+KEYS_IN_BF16 = "precision.bf16_weights=[key_value_down,key_value_up]"
 CASES: dict[str, list[str]] = {
     "recompute none": [],
     "recompute full": ["parallel.recompute=full"],
@@ -50,6 +54,49 @@ CASES: dict[str, list[str]] = {
     "tensor parallel, recompute full": [
         "parallel.tensor_parallel_size=2",
         "parallel.recompute=full",
+    ],
+    "fp8": FP8,
+    "fp8, queries projected directly": [*FP8, "++model.q_lora_rank=null"],
+    "fp8, dense layers": [*FP8, "model.num_dense_layers=4"],
+    "fp8, recompute full": [*FP8, "parallel.recompute=full"],
+    "fp8, norms computed again": [
+        *FP8,
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[norms]",
+        "model.num_dense_layers=2",
+    ],
+    "fp8, norms computed again, queries projected directly": [
+        *FP8,
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[norms]",
+        "++model.q_lora_rank=null",
+    ],
+    "fp8, up-projections computed again": [
+        *FP8,
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[up_projections]",
+    ],
+    "fp8, up-projections computed again, queries projected directly": [
+        *FP8,
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[up_projections]",
+        "++model.q_lora_rank=null",
+    ],
+    "fp8, keys and values in bf16": [*FP8, KEYS_IN_BF16],
+    "fp8, keys and values in bf16, queries projected directly": [
+        *(*FP8, KEYS_IN_BF16),
+        "++model.q_lora_rank=null",
+    ],
+    "fp8, query and gate in bf16, up-projections computed again": [
+        *(*FP8, "precision.bf16_weights=[query,query_down,query_up,gate_up]"),
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[up_projections]",
+    ],
+    "fp8, dense feed-forward computed again": [
+        *FP8,
+        "parallel.recompute=selective",
+        "parallel.recompute_parts=[dense_feed_forward]",
+        "model.num_dense_layers=4",
     ],
     "multi-token prediction": ["++model.num_mtp_layers=1"],
     "attention of csrc": ["kernels.backend=csrc"],
@@ -124,7 +171,8 @@ def test_kept_bytes_are_those_that_autograd_keeps(
     settings, layout = load(name)
     architecture = Architecture.of(settings.model)
     [[stage]] = stages(architecture, layout)
-    kept, _ = stage_bytes(architecture, layout, implementation_of(name), stage)
+    form = fp8_of(settings)
+    kept, _ = stage_bytes(architecture, layout, implementation_of(name), stage, fp8=form)
     expected = found[name]["saved"]
     assert kept + norms_of_a_cpu(settings, layout) == pytest.approx(expected, rel=0.005)
 
@@ -135,7 +183,8 @@ def test_peak_is_that_of_the_allocator(name: str, found: dict[str, dict[str, int
     architecture = Architecture.of(settings.model)
     [[stage]] = stages(architecture, layout)
     implementation = implementation_of(name)
-    kept, transient = stage_bytes(architecture, layout, implementation, stage)
+    form = fp8_of(settings)
+    kept, transient = stage_bytes(architecture, layout, implementation, stage, fp8=form)
     _, passing = output_bytes(architecture, layout, implementation)
     # A CPU takes the output layer's weight gradient from fp32 copies of both factors.
     model = settings.model
@@ -244,3 +293,21 @@ def test_a_loss_keeps_the_smaller_of_logits_and_gradient(
     found = output_bytes(architecture, layout, KANANA)
     assert found[0] == pytest.approx(kept, rel=0.3) and found[0] > kept
     assert found[1] == passing
+
+
+def test_as_many_chunks_of_logits_exist_at_once_as_are_planned() -> None:
+    from megatron_kanana.kernels.linear_cross_entropy import linear_cross_entropy
+
+    words, tokens, chunk = 4096, 2048, 2**23  # four chunks of 8 MiB, in fp32
+    hidden = torch.randn(tokens, 64, requires_grad=True)
+    weight = torch.randn(words, 64, requires_grad=True)
+    labels = torch.randint(0, words, (tokens,))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        linear_cross_entropy(
+            hidden, weight, labels, torch.ones(tokens), backend="csrc", chunk_bytes=chunk
+        )
+    events = profile.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    held = list(itertools.accumulate(change for _, change in sorted(changes)))
+    assert max(held) / chunk == pytest.approx(LOSS_CHUNKS_AT_ONCE, abs=0.4)

@@ -80,7 +80,7 @@ def test_a_card_of_calibration_is_compared_as_it_is_written(
     for each in found:
         assert each.job.machine.name == "h100" and each.job.layout.microbatches == 4
         assert ("full" in each.name) == each.job.layout.has_full_recompute
-        assert ("fp8_blockwise" in each.name) == ("projections" in each.job.fp8)
+        assert ("fp8_blockwise" in each.name) == ("query" in each.job.fp8)
         assert ("fp8_blockwise_experts" in each.name) == ("experts" in each.job.fp8)
 
 
