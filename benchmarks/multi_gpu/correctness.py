@@ -186,14 +186,19 @@ class Comparison:
 
     def verdicts(self) -> Iterable[Verdict | str]:
         """Of every run; in words where there is none."""
-        # Reading checkpoints is Python's own time. No thread is left that a fork could harm.
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(len(self.suites), mp_context=context) as pool:
-            for found in pool.map(self._verdicts_of_suite, self.suites):
-                yield from found
+        for found in self._of_suites():
+            yield from found
         for dtype in [] if self.options.without_transformers else self.options.dtypes:
             yield self._parity(dtype)
         yield NOT_BUILT
+
+    def _of_suites(self) -> Iterable[list[Verdict | str]]:
+        if len(self.suites) == 1:
+            return [self._verdicts_of_suite(self.suites[0])]
+        # Reading checkpoints is Python's own time.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(len(self.suites), mp_context=spawn) as pool:
+            return list(pool.map(self._verdicts_of_suite, self.suites))
 
     def _verdicts_of_suite(self, suite: Suite) -> list[Verdict | str]:
         try:

@@ -88,11 +88,15 @@ class Steps:
                 loss = built.step()
             self.found.setdefault("loss", {})[name] = float(loss)
             self.slices[name] = built
-        except Exception as error:  # whatever a peer raises, the others run
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            self.found["not run"].append(f"{name}: {reason}")
-            if name == OURS:
-                raise
+        except Exception as error:
+            self.leave_out(name, error)
+
+    def leave_out(self, name: str, error: Exception) -> None:
+        """Whatever a peer raises, the others run."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self.found["not run"].append(f"{name}: {reason}")
+        if name.startswith(OURS):
+            raise error
 
     def time_steps(self) -> None:
         """Seconds of a step of each contender, with and without communication, in turns."""
@@ -102,9 +106,13 @@ class Steps:
             if dist.get_world_size() > 1:
                 functions[f"{name}: {LOCAL}"] = partial(_locally, each, reduce_gradients=True)
                 functions[f"{name}: {ALONE}"] = partial(_locally, each, reduce_gradients=False)
+        for name, function in list(functions.items()):
+            try:
+                function()
+            except Exception as error:
+                self.leave_out(name, error)
+                del functions[name]
         names = list(functions)
-        for function in functions.values():
-            function()
         for turn in range(self.options.rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 repeated = [functions[name]] * self.options.repeats
