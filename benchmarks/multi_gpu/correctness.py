@@ -229,12 +229,18 @@ class Comparison:
         if (path := folder / f"of_{dtype}") in self.failures:
             return f"{name}: not run: {self.failures[path]}"
         ours, exact = torch.load(folder / f"ours_{dtype}.pt"), torch.load(folder / "fp32.pt")
-        tolerance, source = 1e-4, "of the tests"
-        if dtype != "fp32":
-            tolerance = NOISE_FACTOR * largest_difference(torch.load(folder / "bf16.pt"), exact)
-            source = f"{NOISE_FACTOR:.0f} x transformers' own difference of {dtype} to fp32"
-        difference = largest_difference(ours[..., : exact.shape[-1]], exact)
-        return Verdict(name, "logits (largest)", difference, tolerance, source)
+        ours = ours[..., : exact.shape[-1]]
+        if dtype == "fp32":
+            largest = largest_difference(ours, exact)
+            return Verdict(name, "logits (largest)", largest, 1e-4, "of the tests")
+        # Where rounding sends a token to other experts, its logits are others altogether.
+        difference, own = (
+            float((each - exact).abs().amax(-1).median())
+            for each in (ours, torch.load(folder / f"{dtype}.pt"))
+        )
+        source = f"{NOISE_FACTOR:.0f} x transformers' own difference of {dtype} to fp32"
+        what = "logits (largest of a token, median)"
+        return Verdict(name, what, difference, NOISE_FACTOR * own, source)
 
     def kernels(self) -> list[str]:
         """Which kernels the runs said they used."""
