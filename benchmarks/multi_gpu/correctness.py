@@ -93,8 +93,8 @@ class Comparison:
         )
         converting = None if self.options.without_transformers else self._convert()
         chains = self.chains()
-        # GPUs have time for several small runs, which are slow at launching; cores have not.
-        at_once = len(chains) if self.place.on_cuda else 1
+        # GPUs have time for several small runs, which are slow at launching; few cores have not.
+        at_once = self.options.at_once or (len(chains) if self.place.on_cuda else 1)
         self.failures = run_chains(chains, at_once, self.end)
         if converting is not None and converting.poll() is None:
             converting.kill()
@@ -303,6 +303,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
     words = "numbers of processes of the layouts; by default 1, 2, 4, … up to --processes"
     parser.add_argument("--counts", type=int, nargs="+", default=[], help=words)
+    words = "starts that run at a time; by default all on GPUs, and one on a CPU"
+    parser.add_argument("--at-once", type=int, default=0, help=words)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
     parser.add_argument("--layouts", nargs="+", default=[], help="by name; by default all")
