@@ -13,11 +13,13 @@ import torch
 
 from tests.parallel.layouts import weight_differences
 
-from .heads import clipped_heads, logit_difference
 from .suites import NOISE, ONE, THRESHOLD, Suite
+from .thresholds import busy_experts, clipped_heads, expert_loads, logit_difference
 
 NOISE_FACTOR = 3.0
 """A layout may be this many times as far away as the furthest run in another order of summation."""
+
+LOADS, BIAS = "expert loads", "expert_bias"
 
 Differences = dict[str, dict[str, float]]
 """By what is compared, and by its kind: a weight's name without layers, say."""
@@ -64,10 +66,12 @@ def differences(suite: Suite, run: str) -> Differences:
             for name in ("loss", "grad_norm")
         },
         "attention logits": {"of heads": logit_difference(*_head_logits(suite, run))},
+        LOADS: {"tokens": largest_difference(*_loads(suite, run))},
         "weights": {},
     }
-    saved = (suite.saved(name, suite.lengths.end) for name in (run, ONE))
-    for name, difference in weight_differences(*saved).items():
+    for name, difference in _weights_at_the_end(suite, run).items():
+        if name.endswith(BIAS):
+            continue
         kind = re.sub(r"\.\d+\.", ".", name)
         found["weights"][kind] = max(difference, found["weights"].get(kind, 0.0))
     files = [suite.run_folder(name) / "logits.pt" for name in (run, ONE)]
@@ -76,10 +80,21 @@ def differences(suite: Suite, run: str) -> Differences:
     return found
 
 
+def _weights_at_the_end(suite: Suite, run: str) -> dict[str, float]:
+    """Difference of each weight, relative."""
+    return weight_differences(*(suite.saved(name, suite.lengths.end) for name in (run, ONE)))
+
+
 def _head_logits(suite: Suite, run: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest attention logits of the steps that a run and the one on a single process share."""
     ours, theirs = (torch.load(suite.run_folder(name) / "heads.pt") for name in (run, ONE))
     return ours, theirs[-len(ours) :]
+
+
+def _loads(suite: Suite, run: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of experts in the steps that a run and the one on a single process share."""
+    ours, theirs = (_records(suite.run_folder(name)) for name in (run, ONE))
+    return expert_loads(ours.values()), expert_loads(theirs[step] for step in ours)
 
 
 def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -103,6 +118,8 @@ def verdicts(suite: Suite, run: str, noise: Differences) -> list[Verdict]:
     """A verdict for all that is compared: that of the kind which is nearest to its tolerance."""
     found = []
     for what, kinds in differences(suite, run).items():
+        if what == LOADS:
+            continue
         of_kinds = []
         for kind, difference in kinds.items():
             tolerance, source = _tolerance(suite, what, noise[what][kind])
@@ -111,6 +128,7 @@ def verdicts(suite: Suite, run: str, noise: Differences) -> list[Verdict]:
         found.append(max(of_kinds, key=_nearness))
     if suite.optimizer == "MuonClip":
         found.append(_clipped_verdict(suite, run, noise["attention logits"]["of heads"]))
+    found.append(_biases_verdict(suite, run, noise[LOADS]["tokens"]))
     return found
 
 
@@ -144,7 +162,31 @@ def _clipped_verdict(suite: Suite, run: str, noise: float) -> Verdict:
         return Verdict(title, what, heads.otherwise, 0.0, "exact")
     source = f"of {counts[1]}, heads within {tolerance:.1e} of the threshold"
     difference = abs(counts[0] - counts[1])
-    return Verdict(title, "heads clipped (number)", difference, heads.near, source)
+    return Verdict(title, "heads clipped (number)", difference, int(heads.near.sum()), source)
+
+
+def _biases_verdict(suite: Suite, run: str, noise: float) -> Verdict:
+    """Whether experts' biases moved alike, but for those of experts whose load is at the mean.
+
+    A bias moves up if its expert had fewer tokens than the mean. An expert that is not at the mean
+    must not differ; as many layers may have other biases as have experts at the mean in some step.
+    """
+    tolerance = max(1.0, NOISE_FACTOR * noise)  # no load is known better than to a token
+    loads = busy_experts(*_loads(suite, run), tolerance)
+    title = f"{suite.title}, {run}"
+    if loads.otherwise:
+        what = "expert biases (moved otherwise, not at the mean load)"
+        return Verdict(title, what, loads.otherwise, 0.0, "exact")
+    biases = [
+        difference
+        for name, difference in _weights_at_the_end(suite, run).items()
+        if name.endswith(BIAS)
+    ]
+    _, all_steps = _loads(suite, ONE)
+    near = busy_experts(all_steps, all_steps, tolerance).near.any(0).any(-1)
+    source = f"layers of {len(biases)} with a load within {tolerance:.0f} tokens of the mean"
+    others = sum(difference > 0 for difference in biases)
+    return Verdict(title, "expert biases (layers)", others, int(near.sum()), source)
 
 
 def _nearness(verdict: Verdict) -> float:

@@ -47,7 +47,11 @@ OPTIMIZERS, DTYPES = ("AdamW", "MuonClip"), ("fp32", "bf16")
 VOCABULARY = 2048  # of the small model
 START = "start"
 COMPARING_SECONDS = 25.0  # kept from the time that runs have
-UNITS = {"logits": "absolute difference", "heads clipped": "difference in heads"}
+UNITS = {
+    "logits": "absolute difference",
+    "heads clipped": "difference in heads",
+    "expert biases": "layers that differ",
+}
 NOT_BUILT = "context parallelism: not built"
 
 

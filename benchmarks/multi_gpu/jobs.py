@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.multi_gpu.heads import recorded_logits
 from benchmarks.multi_gpu.reordered import reordered
+from benchmarks.multi_gpu.thresholds import recorded_logits
 from megatron_kanana import device, train
 from megatron_kanana.config import detect_environment, load_settings
 from megatron_kanana.config.saved_model import settings_of_saved_model

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.multi_gpu import comparison, correctness, speed
 from benchmarks.multi_gpu.chains import Chain, Task, run_chains
-from benchmarks.multi_gpu.heads import ClippedHeads, clipped_heads
 from benchmarks.multi_gpu.starts import Place
+from benchmarks.multi_gpu.thresholds import Sides, busy_experts, clipped_heads
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -34,7 +34,7 @@ def test_layouts_are_compared_with_one_process(tmp_path: Path, cache_dir: Path) 
     rows = rows_of(tmp_path)
     title = "bf16, MuonClip, EP2: "
     assert {name.removeprefix(title).split(" (")[0] for name in rows} == {
-        *("losses", "attention logits", "weights", "heads clipped", "logits")
+        *("losses", "attention logits", "weights", "heads clipped", "logits", "expert biases")
     }
     assert all(0 <= row["ours"] <= row["peer_value"] for row in rows.values())
     # bf16 has no tolerance but that of the noise; somewhere both are there.
@@ -54,9 +54,21 @@ def test_only_heads_at_the_threshold_may_be_clipped_otherwise() -> None:
     at_the_threshold[0, 0, 0] = 0.999
     another[0, 1, 1] = 1.2
     # A layer's tolerance is of its largest logit: 0.002 and 0.001.
-    assert clipped_heads(at_the_threshold, theirs, 1.0, 1.01e-3) == ClippedHeads(2, 0)
-    assert clipped_heads(another, theirs, 1.0, 1.01e-3) == ClippedHeads(2, 1)
-    assert clipped_heads(at_the_threshold, theirs, 1.0, 1e-4) == ClippedHeads(0, 1)
+    assert numbers(clipped_heads(at_the_threshold, theirs, 1.0, 1.01e-3)) == (2, 0)
+    assert numbers(clipped_heads(another, theirs, 1.0, 1.01e-3)) == (2, 1)
+    assert numbers(clipped_heads(at_the_threshold, theirs, 1.0, 1e-4)) == (0, 1)
+
+
+def test_only_biases_of_experts_at_the_mean_load_may_move_otherwise() -> None:
+    theirs = torch.tensor([[[33.0, 31.0, 20.0, 44.0]]])
+    assert numbers(busy_experts(theirs, theirs, 1.0)) == (2, 0)
+    assert numbers(busy_experts(torch.tensor([[[31.0, 33, 20, 44]]]), theirs, 1.0)) == (2, 0)
+    assert numbers(busy_experts(torch.tensor([[[32.0, 31, 35, 30]]]), theirs, 1.0)) == (2, 2)
+
+
+def numbers(sides: Sides) -> tuple[int, int]:
+    """How many are near, and how many on the other side."""
+    return int(sides.near.sum()), sides.otherwise
 
 
 def test_what_a_failed_job_would_have_written_is_not_waited_for(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-"""Heads that QK-Clip scales down, beside those of another run."""
+"""What a threshold decides, beside another run: heads QK-Clip scales down, biases of experts."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -48,32 +49,54 @@ def logit_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(((ours - theirs).abs() / _scale(theirs)).max())
 
 
+def expert_loads(records: Iterable[Mapping[str, Any]]) -> torch.Tensor:
+    """Tokens of each expert in the steps of some records: fp32 [steps, layers, experts]."""
+    return torch.tensor([list(record["expert_loads"].values()) for record in records])
+
+
 @dataclass(frozen=True)
-class ClippedHeads:
-    """Heads above the threshold in two runs, each as often as it was.
+class Sides:
+    """On which side of a threshold numbers lie in two runs.
 
     Attributes:
-        near: whose logit is so near to the threshold that either would be right.
-        otherwise: of the others, those that were above it in one run alone.
+        near: those so near to it that either side would be right, of the shape of the numbers.
+        otherwise: how many of the others lie on another side.
     """
 
-    near: int
+    near: torch.Tensor
     otherwise: int
 
 
 def clipped_heads(
     ours: torch.Tensor, theirs: torch.Tensor, threshold: float, tolerance: float
-) -> ClippedHeads:
-    """Compare which heads were above the threshold.
+) -> Sides:
+    """Compare which heads were above the threshold of QK-Clip.
 
     Args:
         ours, theirs: largest logits, [steps, layers, heads] of the same steps.
         threshold: above which a head is scaled down.
         tolerance: of the logits, as `logit_difference` measures.
     """
-    near = (theirs - threshold).abs() <= tolerance * _scale(theirs)
-    otherwise = ((ours > threshold) != (theirs > threshold)) & ~near
-    return ClippedHeads(int(near.sum()), int(otherwise.sum()))
+    limit = torch.tensor(threshold)
+    return _sides(ours > limit, theirs > limit, theirs - limit, tolerance * _scale(theirs))
+
+
+def busy_experts(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> Sides:
+    """Compare which experts had more tokens than the mean, or fewer: it moves their biases.
+
+    Args:
+        ours, theirs: tokens of the same steps, [steps, layers, experts].
+        tolerance: of an expert's tokens.
+    """
+    of_mean = [loads - loads.mean(-1, keepdim=True) for loads in (ours, theirs)]
+    return _sides(of_mean[0].sign(), of_mean[1].sign(), of_mean[1], torch.tensor(tolerance))
+
+
+def _sides(
+    ours: torch.Tensor, theirs: torch.Tensor, distances: torch.Tensor, tolerance: torch.Tensor
+) -> Sides:
+    near = distances.abs() <= tolerance
+    return Sides(near, int(((ours != theirs) & ~near).sum()))
 
 
 def _scale(logits: torch.Tensor) -> torch.Tensor:
