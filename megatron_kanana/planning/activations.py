@@ -44,8 +44,6 @@ from .layout import Layout, Stage
 
 MAX_LOGIT_ROWS = 1024  # the same of kernels/attention/fused_torch.py
 CHUNK_BYTES = 2**30  # the same of kernels/linear_cross_entropy
-LOSS_CHUNKS_AT_ONCE = 2
-"""Chunks of logits that exist at once: the last one is still there when the next is made."""
 
 
 def attention_bytes(
@@ -261,8 +259,7 @@ def output_bytes(
         if not takes_gradients_early(architecture, layout):
             return norm + logits + 20 * tokens, gathered
         chunks = math.ceil(logits / CHUNK_BYTES)
-        at_once = min(chunks, LOSS_CHUNKS_AT_ONCE)
-        return norm + 2 * weight + 4 * tokens, at_once * logits / chunks + gathered
+        return norm + 2 * weight + 4 * tokens, logits / chunks + gathered
     # The output layer's weight gradient exists in bf16 before it is added to the sums.
     if implementation.fused:
         return norm + logits + 9 * tokens, weight

@@ -42,6 +42,7 @@ def _statistics(
     for chunk in vocabulary.chunks(weight_VD, len(labels_T)):
         logits_CV = vocabulary.logits(all_TD[chunk], weight_VD)
         parts.append(vocabulary.statistics(logits_CV, weight_VD, labels_T[chunk]))
+        del logits_CV  # before the next chunk's are there
     return torch.cat(parts, dim=1)
 
 
@@ -106,6 +107,7 @@ class LaterGradients(torch.autograd.Function):
                 torch.mm(logits_CV, weight_VD, out=grad_hidden_TD[chunk])
             if buffer_VD is not None:
                 add_product_(buffer_VD, logits_CV, all_TD[chunk], to_what_is_there=True)
+            del logits_CV  # before the next chunk's are there
         if grad_hidden_TD is not None:
             grad_hidden_TD = vocabulary.reduce(grad_hidden_TD)
         returned_VD = None if buffer_VD is None else gradient_to_return(ctx.parameter, buffer_VD)
@@ -147,6 +149,7 @@ class EagerGradients(torch.autograd.Function):
                 add_product_(
                     grad_weight_VD, logits_CV, all_TD[chunk], to_what_is_there=chunk.start > 0
                 )
+            del logits_CV  # before the next chunk's are there
         if grad_hidden_TD is not None:
             grad_hidden_TD = vocabulary.reduce(grad_hidden_TD)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD, weights_T)
