@@ -94,6 +94,17 @@ def attention_bytes(
     return result
 
 
+def attention_bytes_again(architecture: Architecture, recompute: frozenset[str]) -> float:
+    """Of one token: what a layer does not keep, and its attention's backward pass computes again.
+
+    Args:
+        recompute: as `attention_bytes` takes it.
+    """
+    names = {"norms": "projection input", "up_projections": "query, key, value"}
+    in_bf16 = attention_bytes(architecture)
+    return sum(in_bf16[name] for part, name in names.items() if part in recompute)
+
+
 def attention_backward_bytes(architecture: Architecture) -> float:
     """That csrc's backward pass of one layer holds of one token (docs/attention.md, Memory).
 
@@ -175,10 +186,9 @@ def layer_bytes(
         for part in ("gathered tokens", "experts"):
             feed_forward[part] *= layout.expert_load
     kept = sum(attention.values()) + sum(feed_forward.values())
-    if "up_projections" in layout.recompute:
-        kept -= attention["query, key, value"]
+    kept -= attention_bytes_again(architecture, layout.recompute)
     if "norms" in layout.recompute:
-        kept -= attention["projection input"] + feed_forward["projection input"]
+        kept -= feed_forward["projection input"]
     if "activations" in layout.recompute:
         width = architecture.expert_hidden_size * architecture.num_experts_per_token
         kept -= 2.0 * (width if is_moe else 0)
@@ -222,8 +232,9 @@ def stage_bytes(
         passing *= architecture.num_experts_per_token * layout.expert_load
     transient = passing * tokens / layout.tensor
     if implementation.attention.counts_backward and stage.dense + stage.moe + stage.mtp > 0:
-        of_attention = attention_backward_bytes(architecture) * tokens / layout.tensor
-        transient = max(transient, of_attention)
+        of_attention = attention_backward_bytes(architecture)
+        of_attention += attention_bytes_again(architecture, layout.recompute)
+        transient = max(transient, of_attention * tokens / layout.tensor)
     if implementation.attention.second_product:
         heads = architecture.num_heads / layout.tensor
         rows = min(MAX_LOGIT_ROWS, layout.sequence_length)

@@ -275,19 +275,19 @@ KANANA = Implementation(
     experts=CSRC_EXPERTS,
     attention=CSRC,
     sends_once="process",
-    # cards: the host's part of a step of 10 layers, 9 of them with experts: 88 ms in
-    # step_2x4096_h100, 117 in step_8x4096_h200, 117 in step_recompute_h200; 179 in fp8. How it is
-    # divided is our estimate.
-    host_layer=6e-3,
-    host_moe=3.5e-3,
-    host_stage=8e-3,
-    host_fp8=5e-3,
+    # Fitted with matmul_fp8 (`tools.plan --errors --fit`) to passes and steps on three hosts, which
+    # differ: their part of a step of 10 layers is 88 ms in step_2x4096_h100 and 117 in
+    # step_8x4096_h200, of 8 layers 56 in step_8_layers_h100. How it is divided is our estimate.
+    host_layer=3.6e-3,
+    host_moe=2.1e-3,
+    host_stage=4.8e-3,
+    host_fp8=4.7e-3,
     # Of an earlier version, whose experts were launched one after another: 0.38 to 0.51 s for 4
     # layers of 128 (cards of commits a845700 and 7cf3adc).
     host_expert={"bf16": 0.91e-3, "fp8": 0.91e-3},
     linear_loss=True,
-    # cards: step_8x4096_h200, dense products in fp8 without the output layer's, 57 ms.
-    matmul_fp8=0.54,
+    # step_8x4096_h200's dense products without the output layer's, 57 ms, alone give 0.54.
+    matmul_fp8=0.52,
 )
 """This version, its operations compiled and Transformer Engine there. For settings and GPUs
 `implementation_of` says who computes what."""
