@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,15 +64,15 @@ def local_copies() -> Iterator[None]:
 def _copy_rows(
     output: torch.Tensor,
     input: torch.Tensor,
-    output_split_sizes: list[int] | None = None,
-    input_split_sizes: list[int] | None = None,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
     group: Any = None,
     async_op: bool = False,
 ) -> _Done | None:
     processes = dist.get_world_size(group)
     rank = dist.get_rank(group)
-    into = output.split(output_split_sizes or len(output) // processes)
-    parts = input.split(input_split_sizes or len(input) // processes)
+    into = output.split(_rows_of_parts(output, output_split_sizes, processes))
+    parts = input.split(_rows_of_parts(input, input_split_sizes, processes))
     # On the way there all take the own part; on the way back parts have the sizes of the answers.
     there = all(len(each) == len(parts[rank]) for each in into)
     for index, part in enumerate(into):
@@ -81,6 +81,13 @@ def _copy_rows(
         part[:rows].copy_(source[:rows])
         part[rows:].zero_()
     return _Done() if async_op else None
+
+
+def _rows_of_parts(rows: torch.Tensor, sizes: Sequence[int] | None, processes: int) -> list[int]:
+    """Of each process; megatron-core's dispatcher on a GPU gives an array of numpy."""
+    if sizes is None or not len(sizes):
+        return [len(rows) // processes] * processes
+    return [int(size) for size in sizes]
 
 
 def _copy_gathered(

@@ -18,6 +18,7 @@ from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
 
 from ..megatron_model import CUTLASS, megatron_model
+from .all_to_all_on_cpu import peer_with_all_to_all
 
 SHARED_EXPERTS = {"moe_shared_expert_overlap": True}
 """megatron-core's shared experts compute while tokens travel."""
@@ -118,7 +119,8 @@ def build_slice(name: str, settings: Settings, device: Device, microbatches: int
         config, chunks = build_chunks(settings, device)
     else:
         changes = {PEER_SHARED: SHARED_EXPERTS, PEER_MICROBATCHES: MICROBATCHES}.get(name, {})
-        config, model = megatron_model(settings, device, **changes)
+        with contextlib.nullcontext() if device.is_cuda else peer_with_all_to_all():
+            config, model = megatron_model(settings, device, **changes)
         chunks, environment = [model], {CUTLASS: "1"}
         kind = PlannedSlice if name == PEER_MICROBATCHES else Slice
     wrapped = wrap_data_parallel(chunks, settings)
@@ -151,7 +153,18 @@ def update_of(ours: Slice) -> Callable[[], None]:
 
 
 def free(slices: dict[str, Slice]) -> None:
-    """Give the memory of contenders back."""
+    """Give the memory of contenders back, also of those that something keeps.
+
+    megatron-core's own model stays after its last step, held by nodes of autograd whose hooks hold
+    it in turn: the collector of garbage does not see through C++.
+    """
+    for chunk in [chunk for each in slices.values() for chunk in each.chunks]:
+        held = [*chunk.module.parameters(), *chunk.module.buffers()]
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            held += [buffer.grad_data, buffer.param_data]
+        for tensor in held:
+            if tensor is not None:
+                tensor.untyped_storage().resize_(0)
     slices.clear()
     gc.collect()
     if torch.cuda.is_available():

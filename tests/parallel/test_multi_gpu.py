@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks.multi_gpu import comparison, correctness, speed
 from benchmarks.multi_gpu.chains import Chain, Task, run_chains
+from benchmarks.multi_gpu.slices import PEER_SHARED, free
 from benchmarks.multi_gpu.starts import Place
 from benchmarks.multi_gpu.thresholds import Sides, busy_experts, clipped_heads
 
@@ -20,6 +22,12 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Rows of the card, by name."""
     rows = json.loads((folder / "card.json").read_text())["rows"]
     return {row["name"]: row for row in rows}
+
+
+def notes_of(folder: Path) -> list[str]:
+    """Notes of the card."""
+    notes: list[str] = json.loads((folder / "card.json").read_text())["notes"]
+    return notes
 
 
 def card(folder: Path) -> list[str]:
@@ -93,5 +101,19 @@ def test_a_slice_is_timed_beside_its_peer(tmp_path: Path) -> None:
     rows = rows_of(tmp_path)
     ours = rows["2 processes: forward and backward"]
     assert ours["ratio"] == pytest.approx(ours["ours"] / ours["peer_value"])
-    assert "2 processes, ours: all-to-all that is not hidden" in rows
+    for contender in ("ours", PEER_SHARED):
+        for what in ("all-to-all", "gradient reduction"):
+            assert f"2 processes, {contender}: {what} that is not hidden" in rows
+    assert not any("not run" in note for note in notes_of(tmp_path))
     assert rows["2 processes: all-to-all, as the step sends them"]["ours"] > 0
+
+
+def test_a_freed_slice_takes_no_memory_though_something_keeps_its_weights() -> None:
+    module = torch.nn.BatchNorm1d(4)
+    gradients = SimpleNamespace(grad_data=torch.zeros(8), param_data=None)
+    chunk = SimpleNamespace(module=module, buffers=[gradients], expert_parallel_buffers=[])
+    slices: Any = {"peer": SimpleNamespace(chunks=[chunk])}
+    free(slices)
+    kept = [*module.parameters(), *module.buffers(), gradients.grad_data]
+    assert len(kept) == 6
+    assert all(each.untyped_storage().nbytes() == 0 for each in kept)
