@@ -1,19 +1,20 @@
 """Which process of a run that stands still the others wait for, and in which operation.
 
-What a process does is read from the Python stacks of its threads, by another of its threads: that
-costs nothing while all is well, and works while the main thread waits in a collective operation. On
-GPUs, where Python is ahead of the kernels, it is read from torch's flight recorder of NCCL.
+What a process waits for is read from torch's flight recorder of NCCL, as on GPUs Python is ahead of
+the kernels: the line at which the main thread waits for the GPU names no operation. Else, and on a
+CPU, it is read from the Python stacks of its threads, by another of its threads: that costs nothing
+while all is well, and works while the main thread waits in a collective operation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
 import linecache
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -21,31 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .flight_recorder import recorded
+from .operation import Operation, place, ranks_in_words
+
 _COLLECTIVES = "/torch/distributed/distributed_c10d.py"
 _PIPELINE = "/megatron/core/pipeline_parallel/p2p_communication.py"
 _LOOKED_AT = 6  # innermost frames; waiting is done by one of the last
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An operation in which a process waits for others.
-
-    Attributes:
-        name: of torch.distributed's function, or what is waited for.
-        ranks: processes that take part; empty where that is not known.
-        tensor: shape and format of what is communicated; empty where that is not known.
-        caller: line of code that called it.
-    """
-
-    name: str
-    ranks: tuple[int, ...] = ()
-    tensor: str = ""
-    caller: str = ""
-
-    def __str__(self) -> str:
-        over = f" over {_ranks(self.ranks)}" if self.ranks else ""
-        tensor = f" of {self.tensor}" if self.tensor else ""
-        return f"{self.name}{tensor}{over}, called at {self.caller}"
 
 
 @dataclass(frozen=True)
@@ -57,12 +39,20 @@ class Report:
         seconds: for which it has done so.
         operation: in which it waits; None for one that waits in none.
         at: where its main thread is.
+        last: the last operation that a flight recorder has, where it has none that has not ended
+            and the stacks name none either; empty where there is none.
     """
 
     phase: str
     seconds: float
     operation: Operation | None
     at: str
+    last: str = ""
+
+    @property
+    def last_in_words(self) -> str:
+        """What is added to where the process is."""
+        return f"; the last operation recorded, {self.last}, has ended" if self.last else ""
 
 
 def is_waiting(frame: FrameType) -> bool:
@@ -70,53 +60,35 @@ def is_waiting(frame: FrameType) -> bool:
     return _waiting_frame(frame) is not None
 
 
-def current_operation(main_thread: int) -> tuple[Operation | None, str]:
-    """The operation in which this process waits, and where its main thread is.
+def current_operation(main_thread: int) -> tuple[Operation | None, str, str]:
+    """The operation in which this process waits, where its main thread is, and `Report.last`.
 
-    The main thread's operation comes first: on GPUs a backward pass has threads of its own.
+    An operation of NCCL that has not ended comes first, whatever the main thread does: it may have
+    gone on, or wait for the GPU. Of the stacks the main thread's comes first.
     """
     frames = sys._current_frames()
     own = threading.get_ident()
     others = [frame for ident, frame in frames.items() if ident not in (own, main_thread)]
     main = frames.get(main_thread)
     at = _place(main) if main is not None else "no main thread"
+    of_nccl = recorded("nccl")
+    if of_nccl.pending is not None:
+        waits_at = "" if of_nccl.pending.caller == at else at
+        return dataclasses.replace(of_nccl.pending, waits_at=waits_at), at, ""
+    last = str(of_nccl.last or "")
     for frame in ([main] if main is not None else []) + others:
         found = _waiting_frame(frame)
-        if found is not None:
-            return _operation(found), at
-    try:
-        return recorded_operation(at), at
-    except (KeyError, TypeError, ValueError):  # another torch's form: the rest is told all the same
-        return None, at
-
-
-def nccl_trace(*, only_active: bool) -> str | None:
-    """torch's flight recorder of NCCL's operations, as JSON; None in builds without NCCL.
-
-    Args:
-        only_active: leaves out operations that have ended.
-    """
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
-    if dump is None:
-        return None
-    trace: str | bytes = dump(includeCollectives=True, onlyActive=only_active)
-    return trace if isinstance(trace, str) else trace.decode()
-
-
-def recorded_operation(at: str) -> Operation | None:
-    """The first of NCCL's operations that has not ended, by torch's flight recorder."""
-    dumped = nccl_trace(only_active=True)
-    if dumped is None:
-        return None
-    trace = json.loads(dumped)
-    entries = [entry for entry in trace.get("entries", ()) if entry["state"] != "completed"]
-    if not entries:
-        return None
-    first = min(entries, key=lambda entry: entry["record_id"])
-    group = trace["pg_config"].get(str(first["process_group"][0]), {})
-    shapes = ", ".join(map(str, first["input_sizes"]))
-    ranks = tuple(json.loads(group.get("ranks", "[]")))
-    return Operation(first["profiling_name"], ranks, shapes, at)
+        if found is None:
+            continue
+        operation = _operation(found)
+        if operation is not None:
+            return operation, at, ""
+        of_gloo = recorded("gloo")
+        if of_gloo.pending is not None:
+            return dataclasses.replace(of_gloo.pending, waits_at=_place(found)), at, ""
+        unknown = Operation("an operation started before", waits_at=_place(found))
+        return unknown, at, last or str(of_gloo.last or "")
+    return None, at, last
 
 
 def _waiting_frame(frame: FrameType | None) -> FrameType | None:
@@ -137,7 +109,8 @@ def _waits_at(file: str, line: int) -> bool:
     return ".wait()" in linecache.getline(file, line) and "/threading.py" not in file
 
 
-def _operation(frame: FrameType) -> Operation:
+def _operation(frame: FrameType) -> Operation | None:
+    """What is waited for there; None for one that was started elsewhere."""
     name, file = frame.f_code.co_name, frame.f_code.co_filename
     values = frame.f_locals
     caller = frame.f_back
@@ -153,7 +126,7 @@ def _operation(frame: FrameType) -> Operation:
 
         members = _members(parallel_state.get_pipeline_model_parallel_group())
         return Operation("send and receive between pipeline stages", members, "", _place(frame))
-    return Operation("an operation started before", (), "", _place(frame))
+    return None
 
 
 def _members(group: Any) -> tuple[int, ...]:
@@ -168,13 +141,8 @@ def _format(tensor: torch.Tensor) -> str:
 
 
 def _place(frame: FrameType) -> str:
-    """The innermost line of this project's or megatron-core's code, else of any."""
-    for each, line in traceback.walk_stack(frame):
-        file = each.f_code.co_filename
-        if "megatron" in file and "/torch/" not in file:
-            short = file[file.index("megatron") :]
-            return f"{short}:{line} ({each.f_code.co_name})"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+    stack = traceback.walk_stack(frame)
+    return place((each.f_code.co_filename, line, each.f_code.co_name) for each, line in stack)
 
 
 def culprits(reports: Mapping[int, Report | None]) -> list[int]:
@@ -214,21 +182,32 @@ def describe(
         else:
             lines.append(
                 f"rank {rank} ({places[rank]}) is waited for: {report.phase} for"
-                f" {report.seconds:.0f} s, at {report.at}"
+                f" {report.seconds:.0f} s, at {report.at}{report.last_in_words}"
             )
     if not lines:
-        lines.append("no rank is missing: they wait in operations that do not fit together")
+        lines.append(f"no rank is missing: {_why_all_wait(reports)}")
     together: dict[str, list[int]] = {}
     for rank, report in reports.items():
         if report is not None and report.operation is not None:
-            together.setdefault(f"{report.phase}: {report.operation}", []).append(rank)
-    lines += [f"{_ranks(ranks)} wait{_s(ranks)} in {what}" for what, ranks in together.items()]
+            what = f"{report.phase}: {report.operation}{report.last_in_words}"
+            together.setdefault(what, []).append(rank)
+    lines += [
+        f"{ranks_in_words(ranks)} wait{'s' if len(ranks) == 1 else ''} in {what}"
+        for what, ranks in together.items()
+    ]
     return "\n".join(lines)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def _why_all_wait(reports: Mapping[int, Report | None]) -> str:
+    waiting = {rank: r.operation for rank, r in reports.items() if r is not None and r.operation}
+    for operation in waiting.values():
+        others = [waiting.get(rank) for rank in operation.ranks]
+        if not others or not all(o is not None and _is_same(o, operation) for o in others):
+            return "they wait in operations that do not fit together"
+    return "all wait in the same operations: a GPU, or what is between them, stands still"
 
 
-def _s(ranks: Sequence[int]) -> str:
-    return "s" if len(ranks) == 1 else ""
+def _is_same(one: Operation, other: Operation) -> bool:
+    """One that sends and one that receives have other names."""
+    sends = ["send" in operation.name or "recv" in operation.name for operation in (one, other)]
+    return one.ranks == other.ranks and (one.name == other.name or all(sends))

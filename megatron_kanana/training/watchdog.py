@@ -33,8 +33,10 @@ from megatron_kanana.config.exit_status import HUNG
 from megatron_kanana.config.watchdog_settings import HANGS
 from megatron_kanana.device.process import start_name
 
+from .flight_recorder import flight_record
+from .operation import Operation
 from .processes import Place, kill, state_of, this_place
-from .standstill import Operation, Report, current_operation, describe, nccl_trace
+from .standstill import Report, current_operation, describe
 from .stragglers import OwnTime
 
 logger = logging.getLogger(__name__)
@@ -173,7 +175,7 @@ class Watchdog:
         """Without the others: they are none, or the store does not answer."""
         report = self._own_report()
         where = f"in {report.operation}" if report.operation else f"at {report.at}"
-        text = f"rank {self._rank} waits {where}"
+        text = f"rank {self._rank} waits {where}{report.last_in_words}"
         if self._world_size > 1:
             text += (
                 "\nthe processes' store does not answer: the process that holds it, torchrun's of"
@@ -193,8 +195,8 @@ class Watchdog:
         os._exit(HUNG)
 
     def _own_report(self) -> Report:
-        operation, at = current_operation(self._main_thread)
-        return Report(self._phase, time.monotonic() - self._since, operation, at)
+        operation, at, last = current_operation(self._main_thread)
+        return Report(self._phase, time.monotonic() - self._since, operation, at, last)
 
     def _judge(self) -> None:
         ranks = range(self._world_size)
@@ -238,7 +240,7 @@ class Watchdog:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"stacks_of_rank_{self._rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            if operations := nccl_trace(only_active=False):
+            if operations := flight_record("nccl"):
                 (folder / f"nccl_of_rank_{self._rank}.json").write_text(operations)
         except Exception as error:  # this process leaves all the same
             print(f"the stacks cannot be written: {error}", file=sys.stderr)

@@ -47,7 +47,9 @@ def test_a_frozen_rank_is_named_killed_and_the_run_ends_as_the_undisturbed_one(
     (report,) = campaign.folder.glob("runs/ep2_frozen_0/hangs/*/report.txt")
     (freeze,) = result.freezes
     other = 1 - freeze.rank
-    waiting = re.search(rf"rank {other} waits in .*, called at (\S+?):(\d+) ", report.read_text())
+    waiting = re.search(
+        rf"rank {other} waits in .*, (?:called|waited for) at (\S+?):(\d+) ", report.read_text()
+    )
     assert waiting
     stacks = (report.parent / f"stacks_of_rank_{other}.txt").read_text()
     assert re.search(rf'{waiting[1]}", line {waiting[2]}\b', stacks)

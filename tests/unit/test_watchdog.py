@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -19,14 +18,9 @@ from megatron_kanana.config.exit_status import END_TIME, LAUNCH_TIME
 from megatron_kanana.training import gpu_scores, processes
 from megatron_kanana.training.deadline import Deadline
 from megatron_kanana.training.interruption import Interruption
+from megatron_kanana.training.operation import Operation
 from megatron_kanana.training.processes import Place, this_place
-from megatron_kanana.training.standstill import (
-    Operation,
-    Report,
-    culprits,
-    describe,
-    recorded_operation,
-)
+from megatron_kanana.training.standstill import Report, culprits, describe
 from megatron_kanana.training.stragglers import times_median
 
 PLACES = {rank: f"n{rank}, process {100 + rank}" for rank in range(4)}
@@ -64,6 +58,22 @@ def test_operations_that_do_not_fit_together_are_all_told() -> None:
     assert "do not fit together" in told
     assert "rank 0 waits in step 7: all_reduce" in told
     assert "rank 1 waits in step 7: barrier" in told
+
+
+def test_a_gpu_or_network_that_stands_still_is_told_from_operations_that_do_not_fit() -> None:
+    """Each of two pairs waits in an operation in which both of its processes are."""
+    reports = {0: waits(0, 1), 1: waits(0, 1), 2: waits(2, 3), 3: waits(2, 3)}
+    told = describe(reports, PLACES, {})
+    assert "no rank is missing: all wait in the same operations: a GPU, or what is between" in told
+    assert "ranks 0, 1 wait in step 7: all_reduce" in told
+    assert "do not fit" in describe({**reports, 3: waits(1, 3)}, PLACES, {})
+
+
+def test_the_last_operation_that_has_ended_is_told_of_a_rank_that_is_busy() -> None:
+    last = "nccl:all_reduce of [4] over ranks 0, 1"
+    busy = Report("step 7", 60.0, None, "data/loader.py:5 (next)", last)
+    told = describe({0: waits(0, 1), 1: busy}, PLACES, {})
+    assert f"at data/loader.py:5 (next); the last operation recorded, {last}, has ended" in told
 
 
 def test_a_frozen_process_is_told_from_one_that_runs_and_only_itself_is_killed() -> None:
@@ -136,28 +146,6 @@ def test_a_signal_during_start_up_ends_the_process_with_its_status(
             os.kill(os.getpid(), number)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
-
-
-def test_on_gpus_the_first_operation_that_has_not_ended_is_read_from_the_flight_recorder(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """In the form of torch's documentation; only builds with NCCL have it."""
-    entries: list[dict[str, Any]] = [
-        {"record_id": 9, "state": "scheduled", "profiling_name": "nccl:all_reduce"},
-        {"record_id": 8, "state": "started", "profiling_name": "nccl:all_to_all"},
-        {"record_id": 7, "state": "completed", "profiling_name": "nccl:broadcast"},
-    ]
-    for entry in entries:
-        entry |= {"process_group": ["3", "EXPERT"], "input_sizes": [[16, 64]]}
-    trace = {"entries": entries, "pg_config": {"3": {"desc": "EXPERT", "ranks": "[0, 2]"}}}
-    c10d = torch._C._distributed_c10d
-    monkeypatch.setattr(
-        *(c10d, "_dump_nccl_trace_json", lambda **_: json.dumps(trace).encode()), raising=False
-    )
-    operation = recorded_operation("here.py:1")
-    assert operation == Operation("nccl:all_to_all", (0, 2), "[16, 64]", "here.py:1")
-    trace["entries"] = []
-    assert recorded_operation("here.py:1") is None
 
 
 class FakeDetector:
