@@ -376,7 +376,7 @@ def test_an_operation_of_gloo_that_was_started_before_is_named(
     assert "test_flight_recorder.py:" in operation.waits_at
 
     read = json.loads(flight_recorder.flight_record("gloo") or "{}")["entries"][-1]
-    assert set(read) == set(entry(1, "nccl:all_reduce", "scheduled"))
+    assert set(entry(1, "nccl:all_reduce", "scheduled")) <= set(read)
     with_stacks = pickle.loads(C10D._dump_fr_trace(includeStackTraces=True))["entries"][-1]
     assert set(with_stacks) == {*read, "frames"}
     assert set(with_stacks["frames"][0]) == set(FRAMES[0])
