@@ -19,7 +19,6 @@ def check_precision(settings: Settings, environment: Environment) -> Iterator[Pr
     if settings.precision.experts == "fp8":
         yield from _check_experts(settings, environment)
     if fp8 == "none":
-        yield from _check_bf16_weights(settings)
         return
     recipe = FP8_RECIPES[fp8]
     if resolve_precision(settings.precision.compute, device) == "fp32":
@@ -154,17 +153,6 @@ def linear_sizes(settings: Settings) -> dict[str, int]:
     if model.num_mtp_layers:
         sizes[f"model.hidden_size {of_process}"] = model.hidden_size // parts
     return sizes
-
-
-def _check_bf16_weights(settings: Settings) -> Iterator[Problem]:
-    """Weights are left out of something; a CPU leaves fp8 out by itself."""
-    if settings.precision.bf16_weights and settings.precision.fp8 == "none":
-        yield Problem(
-            "precision.bf16_weights",
-            settings.precision.bf16_weights,
-            "has no effect with precision.fp8 = none",
-            "choose a format for precision.fp8, or leave it empty",
-        )
 
 
 def _check_bf16_layers(settings: Settings) -> Iterator[Problem]:

@@ -140,8 +140,11 @@ def test_layout_the_cluster_would_refuse_is_refused_with_a_remedy(name: str) -> 
     assert remedy in str(raised.value)
 
 
-def test_checkpoint_of_the_recipe_can_be_looked_at_on_one_process(tmp_path: Path) -> None:
-    write_settings(tmp_path, load(512, EXPERIMENT, "parallel=h200_512"))
+@pytest.mark.parametrize("precision", ["bf16", "fp8_blockwise", "fp8_blockwise_experts"])
+def test_checkpoint_of_the_recipe_can_be_looked_at_on_one_process(
+    precision: str, tmp_path: Path
+) -> None:
+    write_settings(tmp_path, load(512, EXPERIMENT, "parallel=h200_512", f"precision={precision}"))
     save_byte_level_tokenizer(tmp_path / "tokenizer", ["some text"], 300)
     seal(tmp_path)
     environment = Environment(megatron_core_version=TESTED_MEGATRON_CORE[0])

@@ -172,12 +172,6 @@ PRECISION = {
         "choose at most 2",
         TWO_GPUS,
     ),
-    "weights that stay in bf16 where all do": Bad(
-        ("precision.bf16_weights=[query]",),
-        "precision.bf16_weights",
-        "query",
-        "leave it empty",
-    ),
     "no layer left to fp8": Bad(
         (
             *("precision=fp8_blockwise", "precision.bf16_layers_at_start=2"),
