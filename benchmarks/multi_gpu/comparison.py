@@ -105,7 +105,7 @@ def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def noise_of(suite: Suite) -> Differences:
     """The largest differences of the runs in another order of summation."""
     largest: Differences = {}
-    for run in suite.single_runs():
+    for run in suite.references():
         if run.name.startswith(NOISE):
             for what, kinds in differences(suite, run.name).items():
                 of_what = largest.setdefault(what, {})

@@ -12,16 +12,15 @@ it becomes with its experts over all processes. Exit code 1 if anything differs 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import zip_longest
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from benchmarks.card import RESULTS_DIR, Row, write_card
 from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
 from tests.launch import CONFIG_DIR
 
+from . import BEGAN
 from .chains import Chain, Failures, Task, run_chains
 from .comparison import (
     NOISE_FACTOR,
@@ -39,6 +39,7 @@ from .comparison import (
     noise_of,
     verdicts,
 )
+from .due import Comparisons, Due, Result
 from .jobs import LogitsJob
 from .starts import ROOT, Place
 from .suites import CUDA_BF16_MODEL, Lengths, Run, Suite
@@ -46,7 +47,18 @@ from .suites import CUDA_BF16_MODEL, Lengths, Run, Suite
 OPTIMIZERS, DTYPES = ("AdamW", "MuonClip"), ("fp32", "bf16")
 VOCABULARY = 2048  # of the small model
 START = "start"
-COMPARING_SECONDS = 25.0  # kept from the time that runs have
+LOOK_SECONDS = 2.0
+"""After which it looks again for runs that have ended."""
+ENDING_SECONDS, WRITING_SECONDS = 15.0, 4.0
+"""Kept from the time: to end runs and compare the last ones, and of these to write the card."""
+VARIABLES = {
+    # Each of the many small groups of processes is made anew, which takes longer the more it has.
+    "NCCL_MAX_NCHANNELS": "2",
+    # Each start would try all variants of Triton's kernels by itself.
+    "TRITON_CACHE_AUTOTUNING": "1",
+}
+"""Of all runs, where nothing else is set."""
+NOTES = ["TF32 is off.", "NCCL has at most 2 channels, unless NCCL_MAX_NCHANNELS was set."]
 UNITS = {
     "logits": "absolute difference",
     "heads clipped": "difference in heads",
@@ -61,15 +73,20 @@ class Comparison:
     Args:
         options: of the command line.
         work: folder of everything the runs write.
+        began: of `time.monotonic`, when the time began.
     """
 
-    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+    def __init__(self, options: argparse.Namespace, work: Path, began: float) -> None:
         self.options, self.work = options, work
         self.place = Place(on_cuda=options.device == "cuda")
-        comparing = min(COMPARING_SECONDS, options.seconds / 5)
-        self.end = time.monotonic() + options.seconds - comparing
+        ending, writing = (
+            min(each, options.seconds / 3) for each in (ENDING_SECONDS, WRITING_SECONDS)
+        )
+        self.end_of_runs = began + options.seconds - ending
+        self.end_of_comparisons = began + options.seconds - writing
         self.cache_dir = options.cache_dir or work / "data"
         self.failures: Failures = {}
+        self.noise: dict[Suite, Differences] = {}
         lengths = Lengths(1, 2, 3) if options.tiny else Lengths()
         powers = [2**power for power in range(options.processes.bit_length())]
         self.counts = options.counts or [each for each in powers if each <= options.processes]
@@ -87,9 +104,10 @@ class Comparison:
             for dtype in options.dtypes
             for optimizer in options.optimizers
         ]
+        self.comparisons = Comparisons(self.due())
 
     def run(self) -> None:
-        """Run everything that has time."""
+        """Run what has time, and compare and write what has ended, while the others run."""
         prepare_builtin_data(builtin_data(self.cache_dir, VOCABULARY), VOCABULARY)
         torch.save(
             torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0)),
@@ -99,30 +117,34 @@ class Comparison:
         chains = self.chains()
         # GPUs have time for several small runs, which are slow at launching; few cores have not.
         at_once = self.options.at_once or (len(chains) if self.place.on_cuda else 1)
-        self.failures = run_chains(chains, at_once, self.end)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run_chains, chains, at_once, self.end_of_runs)
+            while wait([running], LOOK_SECONDS).not_done:
+                self.compare()
+            self.failures = running.result()
         if converting is not None and converting.poll() is None:
             converting.kill()
+        self.compare()
+
+    def compare(self) -> None:
+        """Compare, print and write what is new."""
+        if new := self.comparisons.look(self.end_of_comparisons):
+            print("\n".join(map(str, new)), flush=True)
+            self.write()
 
     def chains(self) -> list[Chain]:
-        """Those on one process, which the others wait for, and then one for each dtype and size."""
+        """Those on one process, which the others wait for, and then one for each suite and size."""
         options = self.options
-        gpus = self.place.split(options.processes, 1)
-        chains = [
-            self._chain(suite.folder.name, 1, gpus[index % len(gpus)], self._single_tasks(suite))
-            for index, suite in enumerate(self.suites)
-        ]
-        for processes in sorted(set(self.counts) - {1}, reverse=True):
+        chains = []
+        for processes in (1, *sorted(set(self.counts) - {1}, reverse=True)):
             places = self.place.split(options.processes, processes)
-            for index, dtype in enumerate(options.dtypes):
-                by_suite = [
-                    [self._task(suite, run) for run in suite.split_runs(processes)]
-                    for suite in self.suites
-                    if suite.dtype == dtype
-                ]
-                # In turns, so that one that has no time left has lost as much as the others.
-                tasks = [task for turn in zip_longest(*by_suite) for task in turn if task]
+            for index, suite in enumerate(self.suites):
+                runs = suite.single_runs() if processes == 1 else suite.split_runs(processes)
+                tasks = [self._task(suite, run) for run in runs]
+                if processes == 1:
+                    tasks.insert(0, self._task(suite, None))
                 place = places[index % len(places)]
-                chains.append(self._chain(dtype, processes, place, tasks))
+                chains.append(self._chain(suite.folder.name, processes, place, tasks))
         if not options.without_transformers:
             tasks = [self._parity_task(dtype) for dtype in options.dtypes]
             place = self.place.split(options.processes, options.processes)[0]
@@ -131,9 +153,6 @@ class Comparison:
 
     def _chain(self, name: str, processes: int, place: Place, tasks: list[Task]) -> Chain:
         return Chain(self.work / f"{name}_{processes}.log", tasks, processes, place)
-
-    def _single_tasks(self, suite: Suite) -> list[Task]:
-        return [self._task(suite, None), *(self._task(suite, run) for run in suite.single_runs())]
 
     def _task(self, suite: Suite, run: Run | None) -> Task:
         """A training; of the checkpoint that all begin with, without a run."""
@@ -188,55 +207,35 @@ class Comparison:
         )
         return Task(folder / f"of_{dtype}", logits=logits, after=folder)
 
-    def verdicts(self) -> Iterable[Verdict | str]:
-        """Of every run; in words where there is none."""
-        for found in self._of_suites():
-            yield from found
-        for dtype in [] if self.options.without_transformers else self.options.dtypes:
-            yield self._parity(dtype)
-        yield NOT_BUILT
+    def due(self) -> list[Due]:
+        """Of every run in a layout, and of the model of transformers'."""
+        due = []
+        for suite in self.suites:
+            singles = [suite.run_folder(run.name) for run in suite.references()]
+            for run in suite.split_runs(*self.counts):
+                title = f"{suite.title}, {run.name}"
+                folders = [*singles, suite.run_folder(run.name)]
+                due.append(Due(title, folders, partial(self._verdicts, suite, run)))
+        if not self.options.without_transformers:
+            over = f"experts over {self.options.processes} processes"
+            for dtype in self.options.dtypes:
+                title = f"{dtype}, transformers' model with {over}"
+                folder = self.work / "transformers" / f"of_{dtype}"
+                due.append(Due(title, [folder], partial(self._parity, title, dtype)))
+        return due
 
-    def _of_suites(self) -> Iterable[list[Verdict | str]]:
-        if len(self.suites) == 1:
-            return [self._verdicts_of_suite(self.suites[0])]
-        # Reading checkpoints is Python's own time.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(len(self.suites), mp_context=spawn) as pool:
-            return list(pool.map(self._verdicts_of_suite, self.suites))
+    def _verdicts(self, suite: Suite, run: Run) -> list[Verdict]:
+        if suite not in self.noise:
+            self.noise[suite] = noise_of(suite)
+        return verdicts(suite, run.name, self.noise[suite])
 
-    def _verdicts_of_suite(self, suite: Suite) -> list[Verdict | str]:
-        try:
-            noise = noise_of(suite)
-        except (OSError, AssertionError) as error:
-            return [f"{suite.title}: not run on one process: {self._reason(suite, error)}"]
-        found: list[Verdict | str] = []
-        for run in suite.split_runs(*self.counts):
-            found += self._verdicts(suite, run, noise)
-        return found
-
-    def _verdicts(self, suite: Suite, run: Run, noise: Differences) -> Iterable[Verdict | str]:
-        folder = suite.run_folder(run.name)
-        if folder in self.failures:
-            return [f"{suite.title}, {run.name}: not run: {self.failures[folder]}"]
-        try:
-            return verdicts(suite, run.name, noise)
-        except (OSError, AssertionError) as error:
-            return [f"{suite.title}, {run.name}: not compared: {error}"]
-
-    def _reason(self, suite: Suite, error: Exception) -> str:
-        reasons = [self.failures[path] for path in self.failures if path.parent == suite.folder]
-        return reasons[0] if reasons else str(error)
-
-    def _parity(self, dtype: str) -> Verdict | str:
+    def _parity(self, name: str, dtype: str) -> list[Verdict]:
         folder = self.work / "transformers"
-        name = f"{dtype}, transformers' model with experts over {self.options.processes} processes"
-        if (path := folder / f"of_{dtype}") in self.failures:
-            return f"{name}: not run: {self.failures[path]}"
         ours, exact = torch.load(folder / f"ours_{dtype}.pt"), torch.load(folder / "fp32.pt")
         ours = ours[..., : exact.shape[-1]]
         if dtype == "fp32":
             largest = largest_difference(ours, exact)
-            return Verdict(name, "logits (largest)", largest, 1e-4, "of the tests")
+            return [Verdict(name, "logits (largest)", largest, 1e-4, "of the tests")]
         # Where rounding sends a token to other experts, its logits are others altogether.
         difference, own = (
             float((each - exact).abs().amax(-1).median())
@@ -244,7 +243,21 @@ class Comparison:
         )
         source = f"{NOISE_FACTOR:.0f} x transformers' own difference of {dtype} to fp32"
         what = "logits (largest of a token, median)"
-        return Verdict(name, what, difference, NOISE_FACTOR * own, source)
+        return [Verdict(name, what, difference, NOISE_FACTOR * own, source)]
+
+    def write(self) -> tuple[str, list[Result]]:
+        """Write the card with all that is known; returns its summary, and what is not well."""
+        found = self.comparisons.results(self.failures)
+        passed = [each for each in found if isinstance(each, Verdict) and each.passes]
+        failed = [each for each in found if isinstance(each, Verdict) and not each.passes]
+        words = [each for each in found if isinstance(each, str)]
+        summary = (
+            f"{len(passed)} comparisons passed, {len(failed)} failed, {len(words)} runs were not"
+            " compared"
+        )
+        notes = [summary, *map(str, failed), *words, NOT_BUILT, *self.kernels(), *NOTES]
+        write_card(self.options.name, rows_of(found), self.options.results_dir, notes)
+        return summary, [*failed, *words]
 
     def kernels(self) -> list[str]:
         """Which kernels the runs said they used."""
@@ -255,7 +268,7 @@ class Comparison:
         return sorted(said)
 
 
-def rows_of(found: Sequence[Verdict | str]) -> list[Row]:
+def rows_of(found: Sequence[Result]) -> list[Row]:
     """Rows of a card: the tolerance is the peer, and a ratio above 1 is within it."""
     return [
         Row(
@@ -271,28 +284,26 @@ def rows_of(found: Sequence[Verdict | str]) -> list[Row]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run, compare, print and write the card."""
+def main(arguments: list[str] | None = None, began: float | None = None) -> int:
+    """Run and compare within the time, print and write the card.
+
+    Args:
+        arguments: of the command line.
+        began: of `time.monotonic`, when the time began; by default now.
+    """
     options = parse_arguments(arguments)
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        comparison = Comparison(options, work)
+        comparison = Comparison(options, work, time.monotonic() if began is None else began)
         comparison.run()
-        found = list(comparison.verdicts())
-        print("\n".join(map(str, found)), flush=True)
-        passed = [each for each in found if isinstance(each, Verdict) and each.passes]
-        words = [each for each in found if isinstance(each, str)]
-        failed = [str(each) for each in found if isinstance(each, Verdict) and not each.passes]
-        summary = (
-            f"{len(passed)} comparisons passed, {len(failed)} failed,"
-            f" {len(words) - 1} runs or groups of runs were not made"
-        )
-        print(summary)
-        notes = [summary, *failed, *words, *comparison.kernels(), "TF32 is off."]
-        print(write_card(options.name, rows_of(found), options.results_dir, notes))
-    return 0 if not failed and words == [NOT_BUILT] else 1
+        summary, not_well = comparison.write()
+    print("\n".join(map(str, [*not_well, NOT_BUILT, summary])))
+    print(options.results_dir / f"{options.name}.json")
+    return 1 if not_well else 0
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -321,4 +332,4 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(began=BEGAN))

@@ -120,13 +120,17 @@ class Suite:
         return words
 
     def single_runs(self) -> Iterator[Run]:
-        """On one process: what all begin with, what all are compared with, and noise."""
+        """On one process: what all others are compared with, and layouts."""
+        yield from self.references()
+        if 1 in self.counts:
+            yield from self.split_runs(1)
+
+    def references(self) -> Iterator[Run]:
+        """On one process: what all are compared with, and noise."""
         yield Run(ONE, 1)
         for seed, size in enumerate(NOISE_MICRO_BATCHES):
             words = (f"schedule.micro_batch_size={size}", "kernels.linear_backend=torch")
             yield Run(f"{NOISE}, {seed}", 1, words, seed=seed)
-        if 1 in self.counts:
-            yield from self.split_runs(1)
 
     def split_runs(self, *counts: int) -> Iterator[Run]:
         """In every layout for these numbers of processes, and from one layout to another."""

@@ -13,6 +13,8 @@ import torch
 
 from benchmarks.multi_gpu import comparison, correctness, speed
 from benchmarks.multi_gpu.chains import Chain, Task, run_chains
+from benchmarks.multi_gpu.due import Comparisons, Due
+from benchmarks.multi_gpu.jobs import DONE
 from benchmarks.multi_gpu.slices import PEER_SHARED, free
 from benchmarks.multi_gpu.starts import Place
 from benchmarks.multi_gpu.thresholds import Sides, busy_experts, clipped_heads
@@ -47,6 +49,40 @@ def test_layouts_are_compared_with_one_process(tmp_path: Path, cache_dir: Path) 
     assert all(0 <= row["ours"] <= row["peer_value"] for row in rows.values())
     # bf16 has no tolerance but that of the noise; somewhere both are there.
     assert any(0 < row["ours"] < 0.1 and row["peer_value"] < 0.1 for row in rows.values())
+
+
+def test_a_time_too_short_leaves_a_card_of_what_was_not_run(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    options = ["--processes=2", "--dtypes", "fp32", "--optimizers", "AdamW", "--layouts", "EP2"]
+    options += ["--without-transformers", f"--cache-dir={cache_dir}", "--seconds=8"]
+    began = time.monotonic()
+    assert correctness.main([*card(tmp_path), *options]) == 1
+    assert time.monotonic() - began < 8
+    (missing,) = [note for note in notes_of(tmp_path) if note.startswith("fp32, AdamW, EP2: ")]
+    assert "not run: " in missing
+    assert not rows_of(tmp_path)
+
+
+def test_comparisons_are_made_as_soon_as_their_runs_have_ended(tmp_path: Path) -> None:
+    verdict = comparison.Verdict("PP2", "losses", 1e-6, 1e-5, "of the tests")
+    folders = {name: tmp_path / name for name in ("one process", "PP2", "TP2")}
+    due = [
+        Due(name, [folders["one process"], folders[name]], lambda: [verdict])
+        for name in ("PP2", "TP2")
+    ]
+    comparisons = Comparisons(due)
+    later = time.monotonic() + 60
+    for name in ("one process", "PP2"):
+        assert comparisons.look(later) == []
+        folders[name].mkdir()
+        (folders[name] / DONE).touch()
+    assert comparisons.look(time.monotonic() - 1) == []
+    assert "no time was left" in str(comparisons.results({})[0])
+    assert comparisons.look(later) == [verdict]
+    assert comparisons.look(later) == []
+    failures = {folders["TP2"]: "no end after 9 s"}
+    assert comparisons.results(failures) == [verdict, "TP2: not run: no end after 9 s"]
 
 
 @pytest.mark.parametrize("difference", [2e-5, float("nan")])
