@@ -68,7 +68,7 @@ def prepare(
     """
     overrides = [f"cluster.{word}" if word.split("=")[0] in _SHORT else word for word in words]
     cluster = cluster_settings(overrides, config_dir) or ClusterSettings()
-    environment = launch_environment(cluster, detect_environment())
+    environment = launch_environment(cluster, detect_environment(), starts=starts)
     problems = list(check_submission(cluster, overrides, chain=chain, starts=starts))
     try:
         settings = load_settings(overrides, environment, config_dir, with_files=with_files)
@@ -88,11 +88,14 @@ def prepare(
     return Submission(settings, script, records_folder(settings) / name)
 
 
-def launch_environment(cluster: ClusterSettings, here: Environment) -> Environment:
+def launch_environment(
+    cluster: ClusterSettings, here: Environment, *, starts: bool = True
+) -> Environment:
     """What the processes will find, on this machine or on the nodes asked for.
 
-    Of the nodes' GPUs nothing is known here, nor of what is installed in a container: it is taken
-    to fit, and each process looks again when it starts.
+    Of the nodes' GPUs nothing is known here, nor of what is installed in a container, nor, where
+    the script is only looked at, on the cluster: it is taken to fit, and each process looks again
+    when it starts.
     """
     gpus = cluster.gpus_per_node
     if gpus is None:
@@ -100,7 +103,7 @@ def launch_environment(cluster: ClusterSettings, here: Environment) -> Environme
     launch = dataclasses.replace(cluster, gpus_per_node=gpus)
     if cluster.kind == "slurm":
         here = dataclasses.replace(here, gpu_name=None, compute_capability=None)
-        if cluster.container_image is not None:
+        if cluster.container_image is not None or not starts:
             here = Environment(gpu_name=None, compute_capability=None)
     return dataclasses.replace(
         here,

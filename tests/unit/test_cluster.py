@@ -178,6 +178,9 @@ def test_fp8_is_submitted_from_where_neither_its_gpu_nor_its_software_is() -> No
     assert {problem.setting for problem in refused.value.problems} == {"precision.fp8"}
     assert "transformer-engine" in str(refused.value)  # and not the GPU here
 
+    looked_at = launch_environment(without_image, login, starts=False)
+    load_settings(words, looked_at, with_files=False)
+
 
 def test_local_script_runs_the_job_and_passes_its_status_on(tmp_path: Path) -> None:
     """With a stand-in for Python that tells what it was started with."""
