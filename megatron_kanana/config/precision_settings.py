@@ -17,7 +17,7 @@ DENSE_WEIGHTS = (
     "down",
     "mtp_projection",
 )
-"""Kinds of weights (`schema.PARAMETER_KINDS`) that `precision.fp8` is about: none of experts."""
+"""Kinds of weights in linear layers; what `precision.fp8` is about where they are not experts'."""
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from .cluster_settings import ClusterSettings
 from .data_settings import DataSettings
 from .fields import setting
 from .guard_settings import GuardSettings
-from .precision_settings import PrecisionSettings
+from .precision_settings import DENSE_WEIGHTS, PrecisionSettings
 from .watchdog_settings import WatchdogSettings
 
 architecture = partial(setting, fixed_by_checkpoint=True)
@@ -155,20 +155,7 @@ class ParallelSettings:
     )
 
 
-PARAMETER_KINDS = (
-    "query",
-    "query_down",
-    "query_up",
-    "key_value_down",
-    "key_value_up",
-    "attention_output",
-    "gate_up",
-    "down",
-    "mtp_projection",
-    "router",
-    "embedding",
-    "output_layer",
-)
+PARAMETER_KINDS = (*DENSE_WEIGHTS, "router", "embedding", "output_layer")
 """Kinds of weights in the table of `optimizer/logical_matrices.py`."""
 
 
