@@ -25,7 +25,7 @@ import torch
 from benchmarks.card import RESULTS_DIR, Row, write_card
 from megatron_kanana.config import Environment, Settings, load_settings
 
-from . import memory, starts
+from . import BEGAN, memory, starts
 from .starts import Place
 
 MODULE = "benchmarks.multi_gpu.slice_steps"
@@ -60,9 +60,8 @@ def slice_settings(options: argparse.Namespace, environment: Environment) -> Set
     return load_settings(words, environment, with_files=False)
 
 
-def measured(options: argparse.Namespace, work: Path) -> dict[int, Found | str]:
-    """What each number of processes found, or why it found nothing."""
-    end = time.monotonic() + options.seconds
+def measured(options: argparse.Namespace, work: Path, end: float) -> dict[int, Found | str]:
+    """What each number of processes found until `end`, or why it found nothing."""
     found: dict[int, Found | str] = {}
     names = ["model", "layers", "sequences", "sequence_length", "microbatches", "rounds", "repeats"]
     words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
@@ -158,13 +157,19 @@ def efficiency_rows(found: dict[int, Found | str]) -> list[Row]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and write the card; exit code 1 if a number of processes found nothing."""
+def main(arguments: list[str] | None = None, began: float | None = None) -> int:
+    """Measure, print and write the card; exit code 1 if a number of processes found nothing.
+
+    Args:
+        arguments: of the command line.
+        began: of `time.monotonic`, when the time began; by default now.
+    """
     options = parse_arguments(arguments)
+    end = (time.monotonic() if began is None else began) + options.seconds
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        found = measured(options, work)
+        found = measured(options, work, end)
     tokens = options.sequences * options.sequence_length
     rows = efficiency_rows(found)
     notes = [
@@ -218,4 +223,4 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(began=BEGAN))
