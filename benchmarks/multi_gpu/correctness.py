@@ -29,7 +29,7 @@ from benchmarks.card import RESULTS_DIR, Row, write_card
 from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
 from tests.launch import CONFIG_DIR
 
-from . import BEGAN
+from . import BEGAN, starts
 from .chains import Chain, Failures, Task, run_chains
 from .comparison import (
     NOISE_FACTOR,
@@ -117,6 +117,7 @@ class Comparison:
         chains = self.chains()
         # GPUs have time for several small runs, which are slow at launching; few cores have not.
         at_once = self.options.at_once or (len(chains) if self.place.on_cuda else 1)
+        self.write()  # names all, should nothing come to its end
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(run_chains, chains, at_once, self.end_of_runs)
             while wait([running], LOOK_SECONDS).not_done:
@@ -133,12 +134,12 @@ class Comparison:
             self.write()
 
     def chains(self) -> list[Chain]:
-        """Those on one process, which the others wait for, and then one for each suite and size."""
+        """Of each suite those on one process, which the others wait for, and one for each size."""
         options = self.options
         chains = []
-        for processes in (1, *sorted(set(self.counts) - {1}, reverse=True)):
-            places = self.place.split(options.processes, processes)
-            for index, suite in enumerate(self.suites):
+        for index, suite in enumerate(self.suites):
+            for processes in (1, *sorted(set(self.counts) - {1}, reverse=True)):
+                places = self.place.split(options.processes, processes)
                 runs = suite.single_runs() if processes == 1 else suite.split_runs(processes)
                 tasks = [self._task(suite, run) for run in runs]
                 if processes == 1:
@@ -332,4 +333,5 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    starts.end_all_with_me()
     sys.exit(main(began=BEGAN))

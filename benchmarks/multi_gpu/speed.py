@@ -223,4 +223,5 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    starts.end_all_with_me()
     sys.exit(main(began=BEGAN))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+_going: set[subprocess.Popen[bytes]] = set()
+
 
 @dataclass(frozen=True)
 class Place:
@@ -76,10 +78,23 @@ def started(words: Sequence[str], place: Place, log: Path) -> Iterator[subproces
             stderr=output,
             start_new_session=True,
         )
+    _going.add(process)
     try:
         yield process
     finally:
         end(process)
+        _going.discard(process)
+
+
+def end_all_with_me() -> None:
+    """From now on SIGTERM ends all that was started too, which else stays on the GPUs."""
+
+    def end_all(*_: object) -> None:
+        for process in list(_going):
+            process.terminate()
+        os._exit(128 + signal.SIGTERM)  # whatever is being waited for
+
+    signal.signal(signal.SIGTERM, end_all)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +20,7 @@ from benchmarks.multi_gpu.chains import Chain, Task, run_chains
 from benchmarks.multi_gpu.due import Comparisons, Due
 from benchmarks.multi_gpu.jobs import DONE
 from benchmarks.multi_gpu.slices import PEER_SHARED, free
-from benchmarks.multi_gpu.starts import Place
+from benchmarks.multi_gpu.starts import ROOT, Place
 from benchmarks.multi_gpu.thresholds import Sides, busy_experts, clipped_heads
 
 
@@ -62,6 +66,30 @@ def test_a_time_too_short_leaves_a_card_of_what_was_not_run(
     (missing,) = [note for note in notes_of(tmp_path) if note.startswith("fp32, AdamW, EP2: ")]
     assert "not run: " in missing
     assert not rows_of(tmp_path)
+
+
+def test_a_script_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
+    words = f"""
+from pathlib import Path
+from benchmarks.multi_gpu import starts
+starts.end_all_with_me()
+log = Path({str(tmp_path / "log")!r})
+with starts.started(["sleep", "60"], starts.Place(on_cuda=False), log) as it:
+    print(it.pid, flush=True)
+    it.wait()
+"""
+    script = subprocess.Popen([sys.executable, "-c", words], cwd=ROOT, stdout=subprocess.PIPE)
+    assert script.stdout is not None
+    started = int(script.stdout.readline())
+    os.kill(started, 0)
+    script.terminate()
+    assert script.wait(10) == 128 + signal.SIGTERM
+    state = Path(f"/proc/{started}/stat")
+    end = time.monotonic() + 10
+    # One that nobody waits for any more is a zombie.
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_comparisons_are_made_as_soon_as_their_runs_have_ended(tmp_path: Path) -> None:
