@@ -32,7 +32,7 @@ from .attention_peers import (
     Inputs,
     random_inputs,
 )
-from .card import Row, write_card
+from .card import Row, reason, write_card
 from .interleaved import interleaved_ms
 
 WARM_UP = 3
@@ -121,8 +121,7 @@ def prepare(
                 function()
             torch.cuda.synchronize()
         except Exception as error:  # whatever a peer raises, the others run
-            reason = f"{name}, {label(case)}, {direction}: {type(error).__name__}: {error}"
-            not_run.append("not run: " + " ".join(reason.split())[:400])
+            not_run.append(f"not run: {name}, {label(case)}, {direction}: {reason(error)}")
             print(not_run[-1], flush=True)
             continue
         functions[name] = function

@@ -31,7 +31,7 @@ from .attention_peers import (
     Inputs,
     random_inputs,
 )
-from .card import Row, write_card
+from .card import Row, reason, write_card
 from .error_draws import Errors, compared, summary
 
 COMPARED = (OURS, OURS_DETERMINISTIC, FLEX, FA4, TE, SDPA)
@@ -176,10 +176,8 @@ def compare(case: Case, change: Change | None, draws: int) -> tuple[list[Errors]
             try:
                 measured[-1][name] = errors(results_of(name, case, inputs), right)
             except Exception as error:  # whatever a peer raises, the others are compared
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                not_run[name] = f"{name}: {reason[:300]}"
-    whole = [{name: draw[name] for name in draw if name not in not_run} for draw in measured]
-    return whole, list(not_run.values())
+                not_run[name] = f"{name}: {reason(error, 300)}"
+    return measured, list(not_run.values())
 
 
 def sweep_rows(draws: int, groups: Sequence[str]) -> tuple[list[Row], list[str]]:
@@ -194,8 +192,8 @@ def sweep_rows(draws: int, groups: Sequence[str]) -> tuple[list[Row], list[str]]
         if groups and group not in groups:
             continue
         measured, not_run = compare(case, change, draws)
-        for reason in not_run:
-            notes.setdefault(reason, []).append(name)
+        for why in not_run:
+            notes.setdefault(why, []).append(name)
         for contender, first in measured[0].items():
             text = "  ".join(f"{value:9.3e}" for value in first.values())
             print(f"{group:16s} {name:40s} {contender:46s} {text}", flush=True)
@@ -204,8 +202,7 @@ def sweep_rows(draws: int, groups: Sequence[str]) -> tuple[list[Row], list[str]]
     told = summary(results)
     print("\n".join(told))
     return [result.row for result in results], told + [
-        f"not run: {reason} ({len(names)} cases, {names[0]} the first)"
-        for reason, names in notes.items()
+        f"not run: {why} ({len(names)} cases, {names[0]} the first)" for why, names in notes.items()
     ]
 
 

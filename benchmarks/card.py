@@ -73,6 +73,15 @@ def write_card(
     return path
 
 
+def reason(error: Exception, letters: int = 400) -> str:
+    """Why something was not run, on one line: an error's class and what it says.
+
+    Args:
+        letters: at most.
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split())[:letters]
+
+
 def _module_and_arguments() -> list[str]:
     main = sys.modules["__main__"].__spec__
     return [main.name if main else sys.argv[0], *sys.argv[1:]]

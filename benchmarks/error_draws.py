@@ -49,16 +49,19 @@ def compared(
     """A row a kind of error of `contender`, beside the best of those that are not "ours".
 
     Args:
-        draws: every one has the same contenders and kinds.
+        draws: contenders that some of them lack are left out.
         suffix: of the rows' names.
     """
-    found = []
-    for kind in draws[0].get(contender, {}):
+    found: list[Compared] = []
+    names = [name for name in draws[0] if all(name in draw for draw in draws)]
+    if contender not in names:
+        return found
+    for kind in draws[0][contender]:
         ours = [draw[contender][kind] for draw in draws]
         beside = {
             peer: [draw[peer][kind] for draw in draws]
-            for peer, measured in draws[0].items()
-            if not peer.startswith("ours") and math.isfinite(measured.get(kind, math.nan))
+            for peer in names
+            if not peer.startswith("ours") and math.isfinite(draws[0][peer].get(kind, math.nan))
         }
         mean = statistics.mean(ours)
         row = Row(f"{case}: {kind}{suffix}", "relative", mean, runs=len(draws))

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from .card import RESULTS_DIR, Row, write_card
+from .card import RESULTS_DIR, Row, reason, write_card
 from .interleaved import interleaved_ms
 from .interleaved_cpu import rows_in_turns
 from .linear_cross_entropy_peers import OURS, Case, Head, Inputs, contenders, random_inputs
@@ -51,8 +51,7 @@ def heads(inputs: Inputs) -> tuple[dict[str, Head], list[str]]:
             head.step(inputs)
             found[name] = head
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            notes.append(f"{name}: not run: {reason[:300]}")
+            notes.append(f"{name}: not run: {reason(error, 300)}")
     return found, notes
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .card import Row, write_card
+from .card import Row, reason, write_card
 from .interleaved import interleaved_ms
 from .moe_cases import CASES, LOADS, Case, of_experts, random_inputs, random_weights
 from .moe_kernels import data_movement
@@ -52,8 +52,7 @@ def prepare(case: Case, names: Iterable[str]) -> Bench:
                 step(contender, layer, bench.inputs)
             torch.cuda.synchronize()
         except Exception as error:  # whatever a peer raises, the others run
-            reason = f"{name}, {case.label}: {type(error).__name__}: {error}"
-            bench.not_run.append("not run: " + " ".join(reason.split())[:400])
+            bench.not_run.append(f"not run: {name}, {case.label}: {reason(error)}")
             print(bench.not_run[-1], flush=True)
             drop_gradients(bench.inputs)
             continue

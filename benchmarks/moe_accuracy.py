@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .card import write_card
+from .card import reason, write_card
 from .error_draws import Compared, Errors, compared, summary
 from .megatron_model import CUTLASS
 from .moe_cases import LOADS, Case, Inputs, Weights, random_inputs, random_weights, routing
@@ -182,8 +182,7 @@ def compare(name: str, case: Case, draws: int) -> tuple[list[Compared], list[str
                 found = compute(case, weights, inputs, logits_TX)
             except Exception as error:  # whatever one raises, the other runs
                 failed.add(contender)
-                reason = f"{contender}, {name}: {type(error).__name__}: {error}"
-                notes.append("not run: " + " ".join(reason.split())[:400])
+                notes.append(f"not run: {contender}, {name}: {reason(error)}")
                 print(notes[-1], flush=True)
                 continue
             measured[-1][contender] = errors(found, right)
@@ -197,8 +196,7 @@ def compare(name: str, case: Case, draws: int) -> tuple[list[Compared], list[str
     notes.append(f"{name}: bits of a second run are {'the same' if same else 'DIFFERENT'}")
     if others:
         notes.append(f"{name}: fp32 chooses other experts for {others} tokens")
-    whole = [{key: draw[key] for key in draw if key not in failed} for draw in measured]
-    return compared(name, whole, OURS), notes
+    return compared(name, measured, OURS), notes
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .card import Row
+from .card import Row, reason
 from .interleaved import interleaved_ms
 from .moe_cases import Case, Inputs, Weights
 from .moe_memory import launches
@@ -102,8 +102,7 @@ def _warmed_up(
                 function()
             torch.cuda.synchronize()
         except Exception as error:  # whatever one raises, the others run
-            reason = f"{movement.name}, {case.label}: {type(error).__name__}: {error}"
-            not_run.append("not run: " + " ".join(reason.split())[:400])
+            not_run.append(f"not run: {movement.name}, {case.label}: {reason(error)}")
             print(not_run[-1], flush=True)
             continue
         functions[movement.name] = function

@@ -37,7 +37,7 @@ from megatron_kanana.planning.errors import UPDATE_PARTS
 from megatron_kanana.planning.machines import MACHINES, Machine
 from megatron_kanana.planning.plan import Plan, job_of, plan
 
-from .card import RESULTS_DIR, Row, write_card
+from .card import RESULTS_DIR, Row, reason, write_card
 from .optimizer_step import random_microbatches
 from .several_runs import OneProcess, settings_of
 
@@ -162,19 +162,15 @@ def _take_turn(
         process = OneProcess(settings)
         import megatron_kanana.training.step  # noqa: F401
     except Exception as error:  # the other settings run nevertheless
-        found = _reason(error)
+        found = reason(error)
         connection.recv()
     else:
         connection.recv()
         try:
             found = measure(name, settings, process, options)
         except Exception as error:
-            found = _reason(error)
+            found = reason(error)
     connection.send(found)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def _settings(

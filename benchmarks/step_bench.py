@@ -17,6 +17,7 @@ from megatron_kanana.config import Settings
 from megatron_kanana.planning.architecture import Architecture
 from megatron_kanana.planning.flops import flops_per_token
 
+from .card import reason
 from .optimizer_step import random_microbatches
 from .several_runs import OneProcess, settings_of
 from .step_models import Contender, SharedParameters, megatron_contender, our_model
@@ -109,8 +110,7 @@ class Bench:
 
     def _leave_out(self, name: str, error: Exception, size: str = "") -> None:
         self.contenders.pop(name, None)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self.notes.append(f"not run: {name}{size}: {reason[:400]}")
+        self.notes.append(f"not run: {name}{size}: {reason(error)}")
         print(self.notes[-1], flush=True)
         release_memory()
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.card import reason
 from benchmarks.multi_gpu import collectives, memory, slices
 from benchmarks.multi_gpu.slices import OURS, PEER, PEER_MICROBATCHES, PEER_SHARED, Slice
 from benchmarks.multi_gpu.speed import slice_settings, step_options
@@ -93,8 +94,7 @@ class Steps:
 
     def leave_out(self, name: str, error: Exception) -> None:
         """Whatever a peer raises, the others run."""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        self.found["not run"].append(f"{name}: {reason}")
+        self.found["not run"].append(f"{name}: {reason(error, 300)}")
         if name.startswith(OURS):
             raise error
 

@@ -54,6 +54,17 @@ def test_an_error_is_told_beside_the_peer_with_the_smallest_mean() -> None:
     assert found.row.runs == 2
 
 
+def test_contenders_that_fail_in_a_draw_are_left_out() -> None:
+    draws = [
+        {"ours": {"rms": 1.0}, "fails": {"rms": 0.1}, "peer": {"rms": 2.0}},
+        {"ours": {"rms": 1.0}, "peer": {"rms": 2.0}},
+    ]
+    (found,) = compared("case", draws, "ours")
+    assert found.row.peer == "peer"
+    assert found.ratios.keys() == {"peer"}
+    assert compared("case", draws, "fails") == []
+
+
 def test_the_summary_gives_the_mean_ratio_to_each_peer() -> None:
     results = [
         found
