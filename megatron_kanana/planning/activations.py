@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from .architecture import EXPERTS, Architecture
 from .calibration import FP8_BYTES, Implementation
@@ -94,15 +95,14 @@ def attention_bytes(
     return result
 
 
-def attention_bytes_again(architecture: Architecture, recompute: frozenset[str]) -> float:
+def computed_again(attention: Mapping[str, float], recompute: frozenset[str]) -> float:
     """Of one token: what a layer does not keep, and its attention's backward pass computes again.
 
     Args:
-        recompute: as `attention_bytes` takes it.
+        attention: from `attention_bytes`, for the same `recompute`.
     """
     names = {"norms": "projection input", "up_projections": "query, key, value"}
-    in_bf16 = attention_bytes(architecture)
-    return sum(in_bf16[name] for part, name in names.items() if part in recompute)
+    return sum(attention[name] for part, name in names.items() if part in recompute)
 
 
 def attention_backward_bytes(architecture: Architecture) -> float:
@@ -186,7 +186,7 @@ def layer_bytes(
         for part in ("gathered tokens", "experts"):
             feed_forward[part] *= layout.expert_load
     kept = sum(attention.values()) + sum(feed_forward.values())
-    kept -= attention_bytes_again(architecture, layout.recompute)
+    kept -= computed_again(attention, layout.recompute)
     if "norms" in layout.recompute:
         kept -= feed_forward["projection input"]
     if "activations" in layout.recompute:
@@ -232,8 +232,9 @@ def stage_bytes(
         passing *= architecture.num_experts_per_token * layout.expert_load
     transient = passing * tokens / layout.tensor
     if implementation.attention.counts_backward and stage.dense + stage.moe + stage.mtp > 0:
+        attention = attention_bytes(architecture, fp8, layout.recompute)
         of_attention = attention_backward_bytes(architecture)
-        of_attention += attention_bytes_again(architecture, layout.recompute)
+        of_attention += computed_again(attention, layout.recompute)
         transient = max(transient, of_attention * tokens / layout.tensor)
     if implementation.attention.second_product:
         heads = architecture.num_heads / layout.tensor

@@ -33,8 +33,8 @@ C10D: Any = torch._C._distributed_c10d
 GROUPS = {"0": (0, 1, 2, 3), "3": (1, 3), "5": (2, 3)}
 FRAMES = [
     {"name": "all_reduce", "filename": "/lib/torch/distributed/distributed_c10d.py", "line": 3245},
-    {"name": "forward", "filename": "/work/megatron_kanana/model/layer.py", "line": 17},
-    {"name": "main", "filename": "/work/megatron_kanana/train.py", "line": 5},
+    {"name": "forward", "filename": "/home/user/run/megatron_kanana/model/layer.py", "line": 17},
+    {"name": "main", "filename": "/home/user/run/megatron_kanana/train.py", "line": 5},
 ]
 CALLER = "megatron_kanana/model/layer.py:17 (forward)"
 

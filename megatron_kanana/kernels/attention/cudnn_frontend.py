@@ -52,7 +52,7 @@ def cudnn_frontend_attention(
             deterministic=deterministic,
             return_max_logit=max_logits_N is not None,
         )
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # what the library cannot take
         raise RuntimeError(f"kernels.backend = cudnn: {error}; set kernels.backend=auto") from error
     if max_logits_N is None:
         out_BSNV: torch.Tensor = found
