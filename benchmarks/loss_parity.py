@@ -9,6 +9,8 @@ another order: what rounding alone does to a final loss is far from small, so me
 AdamW updates fp32 weights; it is torch's, the same for all. Its learning rate rises slowly and
 falls to zero, as small differences grow with it. The text is the built-in one, six languages and
 Python.
+
+The card is written after every run, and says which were not run: there is a limit of `--seconds`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +31,11 @@ from megatron_kanana.data.builtin import (
     standard_library_sources,
 )
 
-from .card import RESULTS_DIR, Row, write_card
+from .card import RESULTS_DIR, Row, reason, write_card
 from .gradient_cosines import cosine, layer_cosines
 from .loss_curves import curve_rows, final_loss, plot_curves
 from .step_bench import BUILTIN_VOCABULARY, OURS, Bench, add_settings
+from .turns import Clock, Curves, in_turn
 
 MODEL = (
     *("model.hidden_size=1024", "model.num_attention_heads=8", "model.ffn_hidden_size=3072"),
@@ -91,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--runs", type=int, default=4, help="of each contender")
+    parser.add_argument("--seconds", type=float, help="time limit, from the parsed command line on")
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -100,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peer-precisions", nargs="*", default=["bf16"], help="megatron-core's")
     add_settings(parser)
     options = parser.parse_args(arguments)
+    clock = Clock(options.seconds)
     options.model, options.vocabulary = "kanana_2_30b_a3b", BUILTIN_VOCABULARY
     options.set = [*MODEL, *options.set]
     bench = Bench(options)
@@ -108,10 +113,18 @@ def main(arguments: list[str] | None = None) -> None:
         text_tokens(), options.sequences, options.microbatches, options.sequence_length
     )
     rows = gradient_rows(bench, batches)
-    curves = train_all(bench, batches, options)
-    rows += curve_rows(curves, base=f"{OURS}, {options.precisions[0]}")
-    print(write_card(options.name, rows, options.output, bench.notes))
-    plot_curves(curves, options.output / f"{options.name}.png")
+    print(*rows, sep="\n", flush=True)
+
+    def write(curves: Curves, not_run: list[str]) -> None:
+        whole = {name: runs for name, runs in curves.items() if runs}
+        base = f"{OURS}, {options.precisions[0]}"
+        said = curve_rows(whole, base) if base in whole else []
+        path = write_card(options.name, [*rows, *said], options.output, [*bench.notes, *not_run])
+        if whole:
+            plot_curves(whole, options.output / f"{options.name}.png")
+        print(f"{path}: {clock.left():.0f} s left", flush=True)
+
+    train_all(bench, batches, options, clock, write)
 
 
 def text_tokens() -> torch.Tensor:
@@ -129,13 +142,22 @@ def text_tokens() -> torch.Tensor:
 
 
 def gradient_rows(bench: Bench, batches: Batches) -> list[Row]:
-    """Smallest cosines of gradients with the first contender's, at the start."""
+    """Smallest cosines of gradients with the first contender's, at the start.
+
+    A contender that fails is one no more, and leaves the reason.
+    """
     found: dict[str, dict[str, torch.Tensor]] = {}
     assert bench.shared is not None
-    for name, contender in bench.contenders.items():
+    for name, contender in list(bench.contenders.items()):
         bench.shared.zero_gradients()
-        for batch in batches.draw(0):
-            contender.forward_backward([iter([batch])])
+        try:
+            for batch in batches.draw(0):
+                contender.forward_backward([iter([batch])])
+        except Exception as error:  # whatever a peer raises, the others run
+            del bench.contenders[name]
+            bench.notes.append(f"not run: {name}: {reason(error)}")
+            print(bench.notes[-1], flush=True)
+            continue
         found[name] = bench.shared.gradients()
     base, *others = found
     rows = []
@@ -149,26 +171,40 @@ def gradient_rows(bench: Bench, batches: Batches) -> list[Row]:
 
 
 def train_all(
-    bench: Bench, batches: Batches, options: argparse.Namespace
-) -> dict[str, list[list[float]]]:
-    """Losses of each step of each run of each contender; all have had a turn before any has two."""
+    bench: Bench,
+    batches: Batches,
+    options: argparse.Namespace,
+    clock: Clock,
+    after_each: Callable[[Curves, list[str]], None],
+) -> None:
+    """Train every contender from the same weights, in turn; `after_each` is told what there is."""
     assert bench.shared is not None
     parameters = list(bench.shared.parameters.values())
     initial = [parameter.detach().clone() for parameter in parameters]
-    runs: dict[str, list[list[float]]] = {name: [] for name in bench.contenders}
-    for order, name in itertools.product(range(options.runs), runs):
+
+    def run(name: str, order: int) -> list[float]:
         for parameter, start in zip(parameters, initial, strict=True):
             parameter.data.copy_(start)
-        curve = train(bench, name, batches, order, options)
+        curve = train(bench, name, batches, order, options, clock)
         print(f"{name}: loss {curve[0]:.4f} -> {final_loss(curve):.4f}", flush=True)
-        runs[name].append(curve)
-    return runs
+        return curve
+
+    in_turn(list(bench.contenders), options.runs, run, clock, after_each)
 
 
 def train(
-    bench: Bench, name: str, batches: Batches, order: int, options: argparse.Namespace
+    bench: Bench,
+    name: str,
+    batches: Batches,
+    order: int,
+    options: argparse.Namespace,
+    clock: Clock,
 ) -> list[float]:
-    """Mean loss of each step."""
+    """Mean loss of each step.
+
+    Raises:
+        OutOfTimeError: before the last step.
+    """
     shared, contender = bench.shared, bench.contenders[name]
     assert shared is not None
     parameters = list(shared.parameters.values())
@@ -178,6 +214,7 @@ def train(
     )
     losses: list[float] = []
     for step in range(options.steps):
+        clock.check(f"{step} of {options.steps} steps done")
         shared.zero_gradients()
         contender.chunks[0].set_is_first_microbatch()
         of_step = [
