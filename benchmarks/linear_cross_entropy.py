@@ -5,13 +5,14 @@ python -m benchmarks.linear_cross_entropy --name linear_cross_entropy_cpu --cpu
 
 Gradients of the weight end in an fp32 sum, as under megatron-core's data parallelism. Contenders
 take turns; those that cannot run are noted with the reason. On a GPU in bf16 and with Kanana-2
-30B's sizes, on a CPU small ones in fp32.
+30B's sizes, on a CPU small ones in fp32. The card is written after each case.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,16 @@ def heads(inputs: Inputs) -> tuple[dict[str, Head], list[str]]:
     """Contenders that run, each after one step; and why others do not."""
     found, notes = {}, []
     for name, losses_of in contenders():
+        start = time.perf_counter()
         try:
             head = Head(inputs, losses_of())
             head.step(inputs)
             found[name] = head
+            told = "first step"
         except Exception as error:
-            notes.append(f"{name}: not run: {reason(error, 300)}")
+            told = f"not run: {reason(error, 300)}"
+            notes.append(f"{name}: {told}")
+        print(f"{name}: {told}, {time.perf_counter() - start:.1f} s", flush=True)
     return found, notes
 
 
@@ -114,16 +119,17 @@ def main() -> None:
     rows: list[Row] = []
     notes: list[str] = [f"{options.threads} threads"] if options.cpu else []
     for case in CPU_CASES if options.cpu else GPU_CASES:
+        print(case, flush=True)
         of_case, told = (on_cpu if options.cpu else on_gpu)(case, options.rounds)
         rows += of_case
         notes += [note for note in told if note not in notes]
-    for row in rows:
-        print(
-            f"{row.name}: {row.ours:.4g} {row.unit}, {row.peer} {row.peer_value:.4g}, "
-            f"ratio {row.ratio:.2f}"
-        )
+        for row in of_case:
+            print(
+                f"{row.name}: {row.ours:.4g} {row.unit}, {row.peer} {row.peer_value:.4g}, "
+                f"ratio {row.ratio:.2f}"
+            )
+        print(write_card(options.name, rows, options.results_dir, notes=notes), flush=True)
     print(*notes, sep="\n")
-    write_card(options.name, rows, options.results_dir, notes=notes)
 
 
 if __name__ == "__main__":
