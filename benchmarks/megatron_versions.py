@@ -2,10 +2,13 @@
 
 python3.12 -m pip install --no-deps --target FOLDER megatron-core==0.16.1
 python3.12 -m benchmarks.megatron_versions --name megatron_versions_cpu --other FOLDER
+python3.12 -m benchmarks.megatron_versions --name megatron_versions_h100 --other FOLDER --at-once 6
 
-Before, the first two commands of docs/fine_tuning.md write data/tool_calls.
+Before, on a CPU, the first two commands of docs/fine_tuning.md write data/tool_calls.
 The installed megatron-core is compared with the one in FOLDER; Python, torch and all else are the
-same. Each case is a tiny model, from the same seed, on the same text.
+same. Each case is a small model, from the same seed, on the same text. On a GPU each is run once
+more with half the sequences in a microbatch, which sums gradients in another order: what rounding
+alone does. The card is written after each case.
 """
 
 from __future__ import annotations
@@ -13,62 +16,45 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .card import RESULTS_DIR, Row, write_card
+import torch
 
-SIZES = ("schedule.global_batch_size=8", "schedule.micro_batch_size=2", "data.sequence_length=128")
+from megatron_kanana.data.builtin import builtin_data, prepare_builtin_data
+
+from .card import RESULTS_DIR, Row, reason, write_card
+from .step_bench import BUILTIN_VOCABULARY
+from .turns import Clock
+from .version_cases import ANOTHER_ORDER, CPU_CASES, CPU_SIZES, GPU_CASES, GPU_SIZES, Case
+
 QUIET = ("checkpoint.save_interval=0", "logging.tensorboard=false", "logging.report=false")
+KERNELS = ("kernels", "linear layers", "rotary embeddings")
+"""How lines of a run's log begin that say what computes."""
+
+
+class RunError(Exception):
+    """A run has not come to its end."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One layout and what is trained in it.
+class Run:
+    """What a run said.
 
     Attributes:
-        name: of the case in the card.
-        overrides: of the default run.
-        processes: of the run.
+        records: of each step.
+        kernels: lines of its log that say what computes.
     """
 
-    name: str
-    overrides: tuple[str, ...]
-    processes: int = 1
-
-
-CASES = (
-    Case("fp32, AdamW", ()),
-    Case("bf16, AdamW", ("precision=bf16",)),
-    Case(
-        "bf16, Muon, low-rank queries", ("precision=bf16", "optimizer=muon", "model.q_lora_rank=48")
-    ),
-    Case("full recompute, two MTP layers", ("parallel.recompute=full", "model.num_mtp_layers=2")),
-    Case(
-        "tensor parallel, one MTP layer",
-        ("parallel.tensor_parallel_size=2", "model.num_mtp_layers=1"),
-        processes=2,
-    ),
-    Case(
-        "supervised fine-tuning, one MTP layer",
-        ("experiment=kanana_2_tiny_sft", "model.num_mtp_layers=1", "data.sequence_length=512"),
-    ),
-    Case(
-        "pipeline of two, each in two stages",
-        ("parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_stages=2"),
-        processes=2,
-    ),
-    Case(
-        "experts over two, Muon",
-        ("parallel.expert_parallel_size=2", "optimizer=muon"),
-        processes=2,
-    ),
-)
+    records: list[dict[str, Any]]
+    kernels: list[str]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,36 +65,100 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--name", required=True, help="name of the card")
     parser.add_argument("--other", type=Path, required=True, help="folder of the other version")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other")
+    parser.add_argument("--seconds", type=float, help="time limit, after which runs are ended")
+    parser.add_argument("--set", nargs="*", default=[], help="more settings, as NAME=VALUE")
+    parser.add_argument("--gpu-cases", action="store_true", help="a GPU's cases on a CPU as well")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR)
     options = parser.parse_args(arguments)
+    clock = Clock(options.seconds)
+    on_gpu = options.gpu_cases or torch.cuda.is_available()
+    cases, sizes = (GPU_CASES, GPU_SIZES) if on_gpu else (CPU_CASES, CPU_SIZES)
     other = options.other.resolve()
     peer = f"megatron-core {version(other)}"
-    rows = []
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            ours = train(case, Path(folder) / "ours", options.steps)
-            theirs = train(case, Path(folder) / "theirs", options.steps, other)
-        rows += compare(case, ours, theirs, peer)
-        print(*rows[-2:], sep="\n", flush=True)
-    note = f"ours is on the megatron-core of `versions`; {options.steps} steps of each case."
-    print(write_card(options.name, rows, options.results_dir, [note]))
+    rows: list[Row] = []
+    notes = [f"ours is on the megatron-core of `versions`; {options.steps} steps of each case."]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.at_once) as pool:
+        cache = Path(folder) / "data"  # which runs beside each other would all write
+        prepare_builtin_data(builtin_data(cache, BUILTIN_VOCABULARY), BUILTIN_VOCABULARY)
+        common = (*sizes, f"data.cache_dir={cache}")
+
+        def begin(case: Case, kind: str, megatron_core: Path | None, *more: str) -> Any:
+            settings = (*common, *case.overrides, *options.set, *more)
+            where = Path(folder) / f"{cases.index(case)} {kind}"
+            return pool.submit(
+                train, case.processes, settings, where, options.steps, clock, megatron_core
+            )
+
+        begun = [
+            (
+                case,
+                begin(case, "ours", None),
+                begin(case, "theirs", other),
+                begin(case, "another order", None, *ANOTHER_ORDER) if on_gpu else None,
+            )
+            for case in cases
+        ]
+        for case, ours, theirs, reordered in begun:
+            try:
+                run = ours.result()
+                notes += [note for note in run.kernels if note not in notes]
+                records = None if reordered is None else reordered.result().records
+                of_case = compare(case.name, run.records, theirs.result().records, peer, records)
+            except RunError as error:
+                notes.append(f"not run: {case.name}: {reason(error)}")
+                print(notes[-1], flush=True)
+            else:
+                rows += of_case
+                print(*of_case, sep="\n", flush=True)
+            print(write_card(options.name, rows, options.results_dir, notes), flush=True)
+    print(*notes, sep="\n")
 
 
 def train(
-    case: Case, folder: Path, steps: int, megatron_core: Path | None = None
-) -> list[dict[str, Any]]:
-    """Records of each step of a run.
+    processes: int,
+    settings: Sequence[str],
+    folder: Path,
+    steps: int,
+    clock: Clock,
+    megatron_core: Path | None,
+) -> Run:
+    """One run.
 
     Args:
+        folder: what it writes goes here; of a new name.
+        clock: ends it when nothing is left.
         megatron_core: folder of the version to use; None for the installed one.
+
+    Raises:
+        RunError: it failed, or is out of time.
     """
     schedule = (f"schedule.steps={steps}", f"schedule.decay_steps={steps // 4}")
-    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}")
-    command = [sys.executable, "-m", *launcher, "-m", "megatron_kanana.train"]
-    command += [*schedule, *SIZES, *QUIET, *case.overrides, f"output_dir={folder}", "run_name=run"]
-    subprocess.run(command, check=True, env=environment(megatron_core))
+    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m")
+    command = [sys.executable, "-m", *(launcher if processes > 1 else ()), "megatron_kanana.train"]
+    command += [*schedule, *QUIET, *settings, f"output_dir={folder}", "run_name=run"]
+    folder.mkdir()
+    log = folder / "log"
+    try:
+        with log.open("w") as file:
+            subprocess.run(
+                command,
+                check=True,
+                env=environment(megatron_core),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=clock.left() if clock.limited else None,
+            )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        lines = log.read_text().splitlines()
+        print(folder.name, *lines[-30:], sep="\n", flush=True)
+        ended = "out of time" if isinstance(error, subprocess.TimeoutExpired) else "failed"
+        raise RunError(f"{folder.name} {ended}: {' '.join(lines[-1:])}") from error
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return [record for line in lines if "loss" in (record := json.loads(line))]
+    return Run(
+        [record for line in lines if "loss" in (record := json.loads(line))],
+        [line for line in log.read_text().splitlines() if line.startswith(KERNELS)],
+    )
 
 
 def environment(megatron_core: Path | None) -> dict[str, str]:
@@ -126,27 +176,53 @@ def version(megatron_core: Path) -> str:
     command = [sys.executable, "-W", "ignore", "-c", code]
     variables = environment(megatron_core)
     run = subprocess.run(command, check=True, env=variables, stdout=subprocess.PIPE, text=True)
-    return run.stdout.strip()
+    return run.stdout.splitlines()[-1].strip()
 
 
 def compare(
-    case: Case, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], peer: str
+    case: str,
+    ours: Sequence[dict[str, Any]],
+    theirs: Sequence[dict[str, Any]],
+    peer: str,
+    reordered: Sequence[dict[str, Any]] | None = None,
 ) -> list[Row]:
-    """The last losses, and the largest difference of any step's losses and norms."""
-    assert len(ours) == len(theirs)
+    """The last losses, and how far steps' losses and norms are away from each other.
+
+    Args:
+        ours: records of each step on one version.
+        theirs: on the other, `peer`.
+        reordered: on the first, with gradients summed in another order; how far it is away from
+            `ours` stands as peer beside how far `theirs` is.
+    """
+    away = _differences(ours, theirs)
+    by_rounding = {} if reordered is None else _differences(ours, reordered)
+    rows = [
+        Row(f"{case}: loss of step {len(ours)}", "nats", ours[-1]["loss"], peer, theirs[-1]["loss"])
+    ]
+    for (what, unit), value in away.items():
+        row = Row(f"{case}: {what}", unit, value)
+        if by_rounding:
+            row.peer, row.peer_value = "rounding alone", by_rounding[what, unit]
+        rows.append(row)
+    return rows
+
+
+def _differences(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
+) -> dict[tuple[str, str], float]:
+    """By name and unit."""
     pairs = list(zip(ours, theirs, strict=True))
-    losses = max(
+    of_losses = [
         abs(a - b)
         for our, their in pairs
         for a, b in zip(_losses(our), _losses(their), strict=True)
-    )
-    norms = max(abs(our["grad_norm"] / their["grad_norm"] - 1.0) for our, their in pairs)
-    last = (ours[-1]["loss"], theirs[-1]["loss"])
-    return [
-        Row(f"{case.name}: loss of step {len(pairs)}", "nats", last[0], peer, last[1]),
-        Row(f"{case.name}: largest difference of a loss", "nats", losses),
-        Row(f"{case.name}: largest difference of a gradient norm", "of the norm", norms),
     ]
+    of_norms = [abs(our["grad_norm"] / their["grad_norm"] - 1.0) for our, their in pairs]
+    return {
+        ("largest difference of a loss", "nats"): max(of_losses),
+        ("mean difference of losses", "nats"): statistics.fmean(of_losses),
+        ("largest difference of a gradient norm", "of the norm"): max(of_norms),
+    }
 
 
 def _losses(record: dict[str, Any]) -> list[float]:

@@ -18,12 +18,16 @@ class OutOfTimeError(Exception):
 class Clock:
     """What is left of a time limit.
 
+    Attributes:
+        limited: whether there is one.
+
     Args:
         limit: seconds from now; None for no limit.
         now: seconds since some time.
     """
 
     def __init__(self, limit: float | None, now: Callable[[], float] = time.monotonic) -> None:
+        self.limited = limit is not None
         self._now = now
         self._end = None if limit is None else now() + limit
 
