@@ -6,6 +6,7 @@
 // threads, the others by the bulk copy engine. Two warpgroups multiply.
 #include <cuda_runtime.h>
 
+#include "sm90_added_pieces.cuh"
 #include "sm90_experts_launch.h"
 
 namespace megatron_kanana {
@@ -31,6 +32,7 @@ struct WeightGradientTile {
   struct Shared {
     uint8_t tokens[kStages][kTokenBytes];  // [chunk][row][64 columns]
     uint8_t rows[kStages][kRowBytes];
+    uint8_t staged[2][AddedPieces::kStagedBytes];
     uint64_t full[kStages], empty[kStages];
   };
 };
@@ -61,21 +63,20 @@ struct Work {
   }
 };
 
-// By a warpgroup: a warp copies 16 of a stage's 64 rows, 16 threads the 256 bytes of each of eight.
+// By a warpgroup: a warp copies 16 of a stage's 64 rows, eight threads the 128 bytes of a chunk.
 __device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared& shared,
                           int tiles) {
-  constexpr int kRowsOfAWarp = kStageRows / 4, kRowsOfAThread = kRowsOfAWarp / 2;
+  constexpr int kRowsOfAWarp = kStageRows / 4, kRowsAtOnce = kWarp / 8;
+  constexpr int kRowsOfAThread = kRowsOfAWarp / kRowsAtOnce;
   const int thread = threadIdx.x % kWarpgroup;
   const int warp = thread / kWarp, lane = thread % kWarp;
-  const int part = lane % 16;                            // 16 bytes of a row
-  const int first_of_warp = lane / 16 * kRowsOfAThread;  // first of the thread's rows
-  const int first_of_stage = warp * kRowsOfAWarp + first_of_warp;
+  const int part = lane % 8, row_of_lane = lane / 8;  // 16 bytes of a row's chunk
   const GatheredRows& tokens = arguments.tokens;
   Ring<Tile::kStages> ring;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Work work = Work::of(arguments, tile);
     const int column = work.token_column + part * 8;
-    const bool inside = column < tokens.width;
+    const int chunks_inside = (tokens.width - work.token_column) / kChunk;
     // A lane has the slot of one of the warp's rows, of kSteps stages. Loads take longer than a
     // few stages and are begun kSteps to 2 * kSteps stages before they are needed.
     constexpr int kSteps = kWarp / kRowsOfAWarp;
@@ -96,9 +97,8 @@ __device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared
       const __nv_bfloat16* sources[kRowsOfAThread];
 #pragma unroll
       for (int i = 0; i < kRowsOfAThread; ++i) {
-        const int lane_of_row = step % kSteps * kRowsOfAWarp + first_of_warp + i;
-        const int token_of_row = __shfl_sync(~0u, token, lane_of_row);
-        sources[i] = inside ? tokens.row(token_of_row) + column : tokens.data;
+        const int lane_of_row = step % kSteps * kRowsOfAWarp + i * kRowsAtOnce + row_of_lane;
+        sources[i] = tokens.row(__shfl_sync(~0u, token, lane_of_row)) + column;
       }
       const int first = work.first_row + step * kStageRows;
       const int valid_rows = min(kStageRows, work.end_row - first);
@@ -113,19 +113,18 @@ __device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared
         }
       }
       __syncwarp();
-      const uint32_t a = shared_address(shared.tokens[ring.stage]) + part / 8 * kStageRows * 128 +
-                         first_of_stage * 128;
-      if (inside && valid_rows == kStageRows) {
+      const uint32_t a =
+          shared_address(shared.tokens[ring.stage]) + (warp * kRowsOfAWarp + row_of_lane) * 128;
+#pragma unroll
+      for (int chunk = 0; chunk < kTokenColumns / kChunk; ++chunk) {
+        const bool inside = chunk < chunks_inside;
 #pragma unroll
         for (int i = 0; i < kRowsOfAThread; ++i) {
-          copy_16_bytes(a + i * 128 + ((part % 8) ^ i) * 16, sources[i]);
-        }
-      } else {
-        // The rows of other experts must not be summed: they are zero on both sides.
-#pragma unroll
-        for (int i = 0; i < kRowsOfAThread; ++i) {
-          copy_16_bytes(a + i * 128 + ((part % 8) ^ i) * 16, sources[i],
-                        inside && first_of_stage + i < valid_rows ? 16 : 0);
+          const int row = i * kRowsAtOnce + row_of_lane;
+          // The rows of other experts must not be summed: they are zero on both sides.
+          const bool counts = inside && warp * kRowsOfAWarp + row < valid_rows;
+          copy_16_bytes(a + (chunk * kStageRows + i * kRowsAtOnce) * 128 + (part ^ (row % 8)) * 16,
+                        sources[i] + (inside ? chunk * kChunk : 0), counts ? 16 : 0);
         }
       }
       barrier_arrive_after_copies(full);
@@ -135,8 +134,7 @@ __device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared
 
 // How two warpgroups share a tile. kTokensFirst: the gradient is [tokens' columns, columns of the
 // rows in order], and a warpgroup has 64 x 256 of it. Else it is [columns of the rows in order,
-// tokens' columns], and a warpgroup has two parts of 64 x 128. Rows of the gradient lie close
-// together in memory either way, which adding to them depends on.
+// tokens' columns], and a warpgroup has two parts of 64 x 128.
 template <bool kTokensFirst>
 struct Share {
   static constexpr int kParts = kTokensFirst ? 1 : 2;
@@ -144,48 +142,18 @@ struct Share {
   using Sums = float[kParts][kColumns / 2];
 };
 
-// Adds 64 rows of `columns` sums to a gradient of `width` columns, the block's at `gradient`.
-template <int kHalf>
-__device__ __forceinline__ void add_part(float* gradient, int width, int columns,
-                                         const float (&sums)[kHalf]) {
-  constexpr int kAtOnce = 32;  // sums of a thread whose loads are under way together: 64 columns
-  const int thread = threadIdx.x % kWarpgroup;
-  gradient += int64_t(thread / kWarp * 16 + thread % kWarp / 4) * width + 2 * (thread % 4);
-#pragma unroll
-  for (int first = 0; first < kHalf; first += kAtOnce) {
-    if (2 * first >= columns) break;
-    float2 loaded[kAtOnce / 2];
-    // Columns in blocks of eight, two neighbours of which are a thread's, in rows 8 apart.
-    const auto place = [&](int pair) {
-      const int64_t row = pair % 2 * 8, column = (first + 2 * pair) / 4 * 8;
-      return reinterpret_cast<float2*>(gradient + row * width + column);
-    };
-#pragma unroll
-    for (int pair = 0; pair < kAtOnce / 2; ++pair) loaded[pair] = *place(pair);
-#pragma unroll
-    for (int pair = 0; pair < kAtOnce / 2; ++pair) {
-      *place(pair) = {loaded[pair].x + sums[first + 2 * pair],
-                      loaded[pair].y + sums[first + 2 * pair + 1]};
-    }
-  }
-}
-
+// Where the sums of a warpgroup belong.
 template <bool kTokensFirst>
-__device__ __forceinline__ void add_sums(const WeightGradientArguments& arguments, const Work& work,
-                                         int warpgroup,
-                                         const typename Share<kTokensFirst>::Sums& sums) {
+__device__ __forceinline__ AddedPieces pieces_of(const WeightGradientArguments& arguments,
+                                                 const Work& work, int warpgroup, void* staged) {
   const int token_width = arguments.tokens.width, row_width = arguments.rows.width;
-  float* gradient = arguments.gradient + int64_t(work.expert) * token_width * row_width;
   const int width = kTokensFirst ? row_width : token_width;
   const int height = kTokensFirst ? token_width : row_width;
+  const int first_row = kTokensFirst ? work.token_column : work.row_column;
   const int column = kTokensFirst ? work.row_column : work.token_column;
-#pragma unroll
-  for (int part = 0; part < Share<kTokensFirst>::kParts; ++part) {
-    const int row = kTokensFirst ? work.token_column + 64 * warpgroup
-                                 : work.row_column + 128 * warpgroup + 64 * part;
-    if (row >= height) return;  // widths are multiples of 64
-    add_part(gradient + int64_t(row) * width + column, width, width - column, sums[part]);
-  }
+  const int row = first_row + warpgroup * Share<kTokensFirst>::kParts * 64;
+  float* gradient = arguments.gradient + int64_t(work.expert) * height * width;
+  return {gradient + int64_t(row) * width + column, width, height - row, width - column, staged};
 }
 
 template <bool kTokensFirst>
@@ -199,6 +167,8 @@ __device__ void multiply_rows(const WeightGradientArguments& arguments, Tile::Sh
     const Work work = Work::of(arguments, tile);
     const int steps = (work.end_row - work.first_row + kStageRows - 1) / kStageRows;
     if (steps == 0) continue;
+    const AddedPieces pieces =
+        pieces_of<kTokensFirst>(arguments, work, warpgroup, shared.staged[warpgroup]);
     typename Share<kTokensFirst>::Sums sums;
     int released = ring.stage;
     for (int step = 0; step < steps; ++step, ring.advance()) {
@@ -225,11 +195,19 @@ __device__ void multiply_rows(const WeightGradientArguments& arguments, Tile::Sh
         released = ring.stage;
       }
     }
+    AddedPieces::Loaded loaded[2];
+    pieces.load(0, 0, loaded[0]);
     wgmma_wait<0>();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) hold(sums[part]);
     if (leader) barrier_arrive(&shared.empty[released]);
-    add_sums<kTokensFirst>(arguments, work, warpgroup, sums);
+    constexpr int kOfAPart = Share<kTokensFirst>::kColumns / 64, kPieces = kParts * kOfAPart;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int next = piece + 1;
+      if (next < kPieces) pieces.load(next / kOfAPart, next % kOfAPart, loaded[next % 2]);
+      pieces.add(piece / kOfAPart, piece % kOfAPart, sums[piece / kOfAPart], loaded[piece % 2]);
+    }
   }
 }
 
@@ -248,10 +226,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   __syncthreads();
   if (warpgroup == 0) {
-    give_registers<56>();
+    give_registers<40>();
     load_rows(arguments, shared, tiles);
   } else {
-    take_registers<224>();
+    take_registers<232>();
     multiply_rows<kTokensFirst>(arguments, shared, tiles, warpgroup - 1);
   }
 }
