@@ -109,6 +109,19 @@ def _plan_of_a_checkpoint() -> None:
     method.__defaults__ = ("mcore",)
 
 
+def _recompute_without_compiler() -> None:
+    from megatron.core.tensor_parallel import random
+
+    @torch.no_grad()
+    def fill_storage(output: torch.Tensor, computed_again: torch.Tensor) -> None:
+        """As 0.16 does it; megatron-core's own operation shares the memory instead."""
+        storage = computed_again.untyped_storage()
+        output.untyped_storage().resize_(storage.size())
+        output.untyped_storage().copy_(storage)
+
+    random._get_share_storage = lambda: fill_storage
+
+
 def _current_stream() -> None:
     torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
 
@@ -191,6 +204,12 @@ NEWER_PATCHES = (
         "plan_of_a_checkpoint",
         "checkpoints are planned by nvidia-resiliency-ext unless megatron-core is asked for",
         _plan_of_a_checkpoint,
+    ),
+    Patch(
+        "recompute_without_compiler",
+        "what is computed again gets its memory from an operation in C++ that each node compiles"
+        " when it is first needed",
+        _recompute_without_compiler,
     ),
 )
 

@@ -11,13 +11,12 @@ from megatron_kanana.device.patches import CPU_PATCHES, NO_TRANSFORMER_ENGINE_PA
 from tests.launch import CONFIG_DIR, Finished, run_python
 
 SCRIPT = "tests/parallel/train_without_patch.py"
+NORMS_COMPUTED_AGAIN = ("parallel.recompute=selective", "parallel.recompute_parts=[norms]")
 # Settings, on two processes, under which these are missed; the others are on one process.
 ONLY_WITH = {
     "tensor_cuda": ("parallel.pipeline_parallel_size=2", "model.num_mtp_layers=1"),
-    "recompute_without_fp8": (
-        "parallel.recompute=selective",
-        "parallel.recompute_parts=[norms]",
-    ),
+    "recompute_without_fp8": NORMS_COMPUTED_AGAIN,
+    "recompute_without_compiler": NORMS_COMPUTED_AGAIN,
     "no_query_norm": ("model.q_lora_rank=null",),
     "losses_of_prediction_layers": ("parallel.tensor_parallel_size=2", "model.num_mtp_layers=1"),
 }
@@ -76,7 +75,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-def test_training_fails_without(patch: str, folder: Path, cache_dir: Path) -> None:
+def test_training_fails_without(
+    patch: str, folder: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no_compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     overrides = ONLY_WITH.get(patch, ())
     finished = go_on_without(patch, folder, cache_dir, overrides)
     assert finished.returncode != 0
