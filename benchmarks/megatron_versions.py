@@ -2,7 +2,7 @@
 
 python3.12 -m pip install --no-deps --target FOLDER megatron-core==0.16.1
 python3.12 -m benchmarks.megatron_versions --name megatron_versions_cpu --other FOLDER
-python3.12 -m benchmarks.megatron_versions --name megatron_versions_h100 --other FOLDER --at-once 6
+python3.12 -m benchmarks.megatron_versions --name megatron_versions_h100 --other FOLDER --at-once 9
 
 Before, on a CPU, the first two commands of docs/fine_tuning.md write data/tool_calls.
 The installed megatron-core is compared with the one in FOLDER; Python, torch and all else are the

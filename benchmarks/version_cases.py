@@ -21,6 +21,10 @@ GPU_SIZES = (
         "schedule.evaluation_interval=0",
     ),
 )
+NORMS_AND_UP_PROJECTIONS = (
+    "parallel.recompute=selective",
+    "parallel.recompute_parts=[norms,up_projections]",
+)
 ANOTHER_ORDER = ("schedule.micro_batch_size=1",)
 
 
@@ -78,10 +82,12 @@ GPU_CASES = (
         ),
     ),
     Case(
-        "layers and experts in fp8, Muon, norms and up-projections recomputed",
-        (
-            *("precision=fp8_blockwise_experts", "optimizer=muon", "parallel.recompute=selective"),
-            "parallel.recompute_parts=[norms,up_projections]",
-        ),
+        "bf16, Muon, norms and up-projections recomputed",
+        ("precision=bf16", "optimizer=muon", *NORMS_AND_UP_PROJECTIONS),
+    ),
+    Case("layers and experts in fp8, Muon", ("precision=fp8_blockwise_experts", "optimizer=muon")),
+    Case(
+        "layers in fp8, AdamW, norms and up-projections recomputed",
+        ("precision=fp8_blockwise", *NORMS_AND_UP_PROJECTIONS),
     ),
 )
