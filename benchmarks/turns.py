@@ -74,8 +74,10 @@ def in_turn(
             if name in failed:
                 continue
             called = f"not run: {name}, run {number + 1} of {count}"
-            if clock.left() < took.get(name, 0.0):
-                notes.append(f"{called}: it would take {took[name]:.0f} s, {clock.left():.0f} left")
+            left = max(0.0, clock.left())
+            if left <= took.get(name, 0.0):
+                would = f"it would take {took[name]:.0f} s, " if name in took else ""
+                notes.append(f"{called}: {would}{left:.0f} s are left")
                 print(notes[-1], flush=True)
                 continue
             start = clock.seconds()

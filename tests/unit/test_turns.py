@@ -48,7 +48,7 @@ def test_a_run_that_would_not_end_in_time_is_not_begun_and_a_shorter_one_is() ->
     trained = Trained(7.5, {"peer": 4.0, "ours": 1.0})
     runs, (note, *others) = trained.run(2)
     assert runs == {"peer": 1, "ours": 2} and not others
-    assert note == "not run: peer, run 2 of 2: it would take 4 s, 2 left"
+    assert note == "not run: peer, run 2 of 2: it would take 4 s, 2 s are left"
 
 
 def test_a_run_that_is_out_of_time_is_not_counted_and_says_how_far_it_came() -> None:
@@ -56,6 +56,13 @@ def test_a_run_that_is_out_of_time_is_not_counted_and_says_how_far_it_came() -> 
     runs, notes = trained.run(1)
     assert runs == {"ours": 1, "peer": 0}
     assert notes == ["not run: peer, run 1 of 1, to its end: out of time, 6 of 10 steps done"]
+
+
+def test_a_contender_for_which_no_time_is_left_is_not_begun() -> None:
+    trained = Trained(4.0, {"ours": 5.0, "peer": 1.0})
+    runs, notes = trained.run(1)
+    assert runs == {"ours": 0, "peer": 0} and ("peer", 0) not in trained.begun
+    assert notes[1] == "not run: peer, run 1 of 1: 0 s are left"
 
 
 def test_a_contender_that_fails_leaves_the_reason_and_the_others_run() -> None:
