@@ -9,11 +9,11 @@
 namespace megatron_kanana::cpu {
 namespace {
 
-// A head's backward pass is cut where there are fewer heads than this, each cut at most so often:
-// every chunk has gradients of all queries to itself.
+// A key head's backward pass is cut where there are fewer heads than this, each cut at most so
+// often: every chunk has gradients of all keys and values to itself.
 constexpr int64_t kWantedPieces = 16;
 constexpr int64_t kMostChunks = 8;
-constexpr int64_t kLeastChunkKeys = 512;
+constexpr int64_t kLeastChunkQueries = 512;
 
 const FlashAttentionTarget& choose_target() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -63,8 +63,9 @@ void forward_piece(const FlashAttentionProblem& problem, const ForwardTensors& t
 
 int64_t backward_chunks(const FlashAttentionProblem& problem) {
   const int64_t heads = problem.batch * problem.key_heads;
+  const int64_t queries = problem.query_heads / problem.key_heads * problem.length;
   const int64_t wanted = std::min((kWantedPieces + heads - 1) / heads, kMostChunks);
-  return std::clamp<int64_t>(problem.length / kLeastChunkKeys, 1, wanted);
+  return std::clamp<int64_t>(queries / kLeastChunkQueries, 1, wanted);
 }
 
 void backward_piece(const FlashAttentionProblem& problem, const BackwardTensors& tensors,

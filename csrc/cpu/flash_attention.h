@@ -37,13 +37,12 @@ struct ForwardTensors {
 };
 
 struct BackwardTensors {
-  StridedTensor query, key, value, out, grad_out;
-  const float* logsumexp;  // [batch, query heads, length]
-  // `chunks` tensors, one for each chunk of keys; their sum is the gradient. They are fp32 and
-  // `chunk_stride` elements apart unless there is one only.
+  StridedTensor query, key, value, grad_out;
   StridedTensor grad_query;
-  int64_t chunks, chunk_stride;
+  // `chunks` tensors each, one for each chunk of queries; their sums are the gradients. They are
+  // fp32 and so many elements apart unless there is one only.
   StridedTensor grad_key, grad_value;
+  int64_t chunks, grad_key_stride, grad_value_stride;
 };
 
 // The vector instructions in use: 'avx512', 'avx2' or 'baseline'. As torch's own operations do,
@@ -65,10 +64,11 @@ int64_t forward_pieces_of_head(const FlashAttentionProblem& problem);
 void forward_piece(const FlashAttentionProblem& problem, const ForwardTensors& tensors,
                    int64_t piece, float* scratch);
 
-// Into how many chunks of keys the backward pass cuts a head, from the sizes alone.
+// Into how many chunks the backward pass cuts the queries of a key head, from the sizes alone.
 int64_t backward_chunks(const FlashAttentionProblem& problem);
 
-// Piece `piece` < batch * key heads * chunks: all gradients of one chunk of keys.
+// Piece `piece` < batch * key heads * chunks: the gradients of one chunk of queries, and what they
+// give to those of keys and values.
 void backward_piece(const FlashAttentionProblem& problem, const BackwardTensors& tensors,
                     int64_t piece, float* scratch);
 

@@ -26,7 +26,7 @@ inline int64_t forward_scratch(const ForwardTensors& tensors) {
   return ForwardScratch(tensors, none).out - none + kColumn * tensors.out.padded_width();
 }
 
-// The softmax of a column's queries so far.
+// The softmax of a column's queries so far; `maxima` are those of unscaled logits.
 struct RunningSoftmax {
   Floats maxima[2], sums[2], correction[2];
 
@@ -38,19 +38,25 @@ struct RunningSoftmax {
 #pragma GCC unroll 2
     for (int vector = 0; vector < 2; ++vector) {
       const Floats before = maxima[vector];
-      maxima[vector] = maximum(tile_maxima[vector] * scale, before);
+      maxima[vector] = maximum(tile_maxima[vector], before);
       // Where nothing has been visible, exp(-inf - 0) is the zero wanted.
       subtracted[vector] = maxima[vector] == -kInfinity ? Floats{} : maxima[vector];
-      correction[vector] = exponential(before - subtracted[vector]);
+      correction[vector] = exponential((before - subtracted[vector]) * scale);
     }
-    for (int64_t row = 0; row < count; ++row) {
+    for (int64_t first = 0; first < count; first += kPartTerms) {
+      const int64_t end = smaller(first + kPartTerms, count);
+      Floats part_sums[2] = {};
+      for (int64_t row = first; row < end; ++row) {
 #pragma GCC unroll 2
-      for (int vector = 0; vector < 2; ++vector) {
-        float* const place = logits + row * kColumn + vector * kVector;
-        const Floats p = exponential(load(place) * scale - subtracted[vector]);
-        tile_sums[vector] += p;
-        store(place, p);
+        for (int vector = 0; vector < 2; ++vector) {
+          float* const place = logits + row * kColumn + vector * kVector;
+          const Floats p = exponential((load(place) - subtracted[vector]) * scale);
+          part_sums[vector] += p;
+          store(place, p);
+        }
       }
+#pragma GCC unroll 2
+      for (int vector = 0; vector < 2; ++vector) tile_sums[vector] += part_sums[vector];
     }
 #pragma GCC unroll 2
     for (int vector = 0; vector < 2; ++vector) {
@@ -64,21 +70,22 @@ inline void finish_forward(const FlashAttentionProblem& problem, const ForwardTe
                            const ForwardScratch& scratch, const RunningSoftmax& softmax,
                            int64_t head, const HeadPositions& queries) {
   float maxima[kColumn], sums[kColumn];
-  Floats factors[2];
+  Floats divisors[2];
 #pragma GCC unroll 2
   for (int vector = 0; vector < 2; ++vector) {
     store(maxima + vector * kVector, softmax.maxima[vector]);
     store(sums + vector * kVector, softmax.sums[vector]);
-    factors[vector] = softmax.sums[vector] == 0.0f ? Floats{} : 1.0f / softmax.sums[vector];
+    // Zero divided by one where nothing is visible.
+    divisors[vector] = softmax.sums[vector] == 0.0f ? broadcast(1.0f) : softmax.sums[vector];
   }
   float largest = -kInfinity;
   for (int64_t lane = 0; lane < queries.count; ++lane) {
     const float sum = sums[lane];
     tensors.logsumexp[head * problem.length + queries.first + lane] =
-        sum == 0.0f ? -kInfinity : maxima[lane] + __builtin_logf(sum);
+        sum == 0.0f ? -kInfinity : maxima[lane] * problem.scale + __builtin_logf(sum);
     // NaN logits make the sum NaN, but `maximum` passes over them; infinite ones do so as well.
     const bool has_nan = sum != sum && maxima[lane] < kInfinity;
-    const float lane_maximum = has_nan ? sum : maxima[lane];
+    const float lane_maximum = has_nan ? sum : maxima[lane] * problem.scale;
     if (largest == largest && !(lane_maximum <= largest)) largest = lane_maximum;
   }
   const int64_t columns = problem.padded_length() / kColumn;
@@ -89,7 +96,7 @@ inline void finish_forward(const FlashAttentionProblem& problem, const ForwardTe
 #pragma GCC unroll 2
     for (int vector = 0; vector < 2; ++vector) {
       float* const place = scratch.out + row * kColumn + vector * kVector;
-      store(place, load(place) * factors[vector]);
+      store(place, load(place) / divisors[vector]);
     }
   }
   for (int64_t row = 0; row < width; row += kVector) {
@@ -132,18 +139,18 @@ inline void forward_piece(const FlashAttentionProblem& problem, const ForwardTen
     for (int64_t row = 0; row < count; row += kRows) {
       const Block<2> block = visible_logits(keys + (tile + row) * key_stride, key_stride,
                                             scratch.query_panel, width, tile + row, visible);
+      store_block(block, scratch.logits + row * kColumn, kColumn);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int vector = 0; vector < 2; ++vector) {
           tile_maxima[vector] = maximum(block.sums[i][vector], tile_maxima[vector]);
-          store(scratch.logits + (row + i) * kColumn + vector * kVector, block.sums[i][vector]);
         }
       }
     }
     softmax.update(scratch.logits, count, tile_maxima, problem.scale);
     for (int64_t row = 0; row < value_width; row += kRows) {
-      const Block<2> block = block_product<Left::kColumnByColumn, 2>(
+      const Block<2> block = product_in_parts<Left::kColumnByColumn, 2>(
           values + tile * value_stride + row, value_stride, scratch.logits, kColumn, count);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {

@@ -63,16 +63,6 @@ inline void pack_transposed_panel(const WeightMatrix& matrix, int64_t panel, flo
   }
 }
 
-MEGATRON_KANANA_INLINE void store_block(const Block<2>& block, float* sums, int64_t stride) {
-#pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 2
-    for (int vector = 0; vector < 2; ++vector) {
-      store(sums + row * stride + vector * kVector, block.sums[row][vector]);
-    }
-  }
-}
-
 // sums = left @ right, with a right factor of `depth` rows and `width` columns, a multiple of
 // kColumn, in panels `panel_stride` apart whose rows are `right_stride` apart. `rows` is a multiple
 // of kRows.

@@ -64,23 +64,4 @@ void write_rows(const float* source, float factor, const StridedTensor& tensor,
   });
 }
 
-void scalar_products(const float* rows, const StridedTensor& tensor, const HeadPositions& positions,
-                     float* sums) {
-  for_each_row(tensor, positions, [&](int64_t i, const auto* elements) {
-    const float* const row = rows + i * tensor.row_stride();
-    float lanes[kWidthUnit] = {};  // independent sums, which the compiler may keep in vectors
-    const int64_t whole = tensor.width / kWidthUnit * kWidthUnit;
-    for (int64_t column = 0; column < whole; column += kWidthUnit) {
-      for (int64_t lane = 0; lane < kWidthUnit; ++lane) {
-        lanes[lane] += row[column + lane] * to_float(elements[column + lane]);
-      }
-    }
-    for (int64_t column = whole; column < tensor.width; ++column) {
-      lanes[0] += row[column] * to_float(elements[column]);
-    }
-    sums[i] = 0.0f;
-    for (const float lane : lanes) sums[i] += lane;
-  });
-}
-
 }  // namespace megatron_kanana::cpu

@@ -44,8 +44,4 @@ void read_rows(const StridedTensor& tensor, const HeadPositions& positions, int6
 void write_rows(const float* source, float factor, const StridedTensor& tensor,
                 const HeadPositions& positions);
 
-// sums[i] = the scalar product of row i, `tensor.row_stride()` apart, with the tensor's.
-void scalar_products(const float* rows, const StridedTensor& tensor, const HeadPositions& positions,
-                     float* sums);
-
 }  // namespace megatron_kanana::cpu

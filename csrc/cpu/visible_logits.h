@@ -68,7 +68,7 @@ MEGATRON_KANANA_INLINE Block<2> visible_logits(const float* key_rows, int64_t st
                                                const float* query_panel, int64_t width, int64_t key,
                                                const VisibleKeys& visible) {
   Block<2> logits =
-      block_product<Left::kRowByRow, 2>(key_rows, stride, query_panel, kColumn, width);
+      product_in_parts<Left::kRowByRow, 2>(key_rows, stride, query_panel, kColumn, width);
   if (!visible.all_see(key, kRows)) {
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {

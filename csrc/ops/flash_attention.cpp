@@ -104,7 +104,16 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_forward(
   return {out, logsumexp};
 }
 
-// Always deterministic.
+// The sum of the first dimension's tensors, in the peer's dtype.
+at::Tensor sum_of_chunks(const at::Tensor& chunks, const at::Tensor& peer) {
+  at::Tensor sum = chunks[0];
+  for (int64_t chunk = 1; chunk < chunks.size(0); ++chunk) sum.add_(chunks[chunk]);
+  if (chunks.size(0) == 1) return sum;
+  return sum.to(peer.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+}
+
+// Always deterministic. Softmax is computed again, whole rows at once, and with it what the output
+// and the logarithms would tell: they are not read.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& out, const at::Tensor& logsumexp,
@@ -113,25 +122,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(
                                                              logsumexp, softmax_scale, documents);
   const auto problem = problem_of(sizes, softmax_scale, causal, documents);
   const int64_t chunks = cpu::backward_chunks(problem);
-  at::Tensor grad_query =
-      at::empty({chunks, sizes.length, sizes.batch, sizes.query_heads, sizes.width},
-                chunks == 1 ? query.options() : query.options().dtype(at::kFloat));
-  at::Tensor grad_key = at::empty(key.sizes(), key.options());
-  at::Tensor grad_value = at::empty(value.sizes(), value.options());
-  const cpu::BackwardTensors tensors = {strided(query),         strided(key),
-                                        strided(value),         strided(out),
-                                        strided(grad_out),      logsumexp.const_data_ptr<float>(),
-                                        strided(grad_query[0]), chunks,
-                                        grad_query.stride(0),   strided(grad_key),
-                                        strided(grad_value)};
+  const at::TensorOptions options =
+      chunks == 1 ? query.options() : query.options().dtype(at::kFloat);
+  at::Tensor grad_query = at::empty(query.sizes(), query.options());
+  at::Tensor grad_keys =
+      at::empty({chunks, sizes.length, sizes.batch, sizes.key_heads, sizes.width}, options);
+  at::Tensor grad_values =
+      at::empty({chunks, sizes.length, sizes.batch, sizes.key_heads, sizes.value_width}, options);
+  const cpu::BackwardTensors tensors = {
+      strided(query),      strided(key),          strided(value),          strided(grad_out),
+      strided(grad_query), strided(grad_keys[0]), strided(grad_values[0]), chunks,
+      grad_keys.stride(0), grad_values.stride(0)};
   for_each_piece(sizes.batch * sizes.key_heads * chunks, cpu::backward_scratch(problem, tensors),
                  [&](int64_t piece, float* scratch) {
                    cpu::backward_piece(problem, tensors, piece, scratch);
                  });
-  at::Tensor sum = grad_query[0];
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) sum.add_(grad_query[chunk]);
-  if (chunks > 1) sum = sum.to(query.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
-  return {sum, grad_key, grad_value};
+  return {grad_query, sum_of_chunks(grad_keys, query), sum_of_chunks(grad_values, query)};
 }
 
 }  // namespace
