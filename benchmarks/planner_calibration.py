@@ -179,6 +179,7 @@ def _settings(
     kernels = [f"kernels.backend={attention}"]
     if torch.cuda.is_available():
         kernels += ["kernels.moe_backend=csrc", "kernels.loss_backend=csrc"]
+        kernels += ["kernels.norm_backend=csrc"]
         kernels += ["kernels.linear_backend=te", "kernels.rope_backend=triton"]
     settings = settings_of(
         [

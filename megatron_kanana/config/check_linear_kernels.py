@@ -1,10 +1,11 @@
-"""Implementations of linear layers and rotary embeddings that the machine or model cannot use."""
+"""Implementations of linear layers, rotary embeddings and norms that cannot be used here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from .environment import Environment, resolve_device, resolve_fp8, resolve_precision
+from .norm_sizes import norm_limits_passed
 from .problems import Problem
 from .rotary_sizes import fused_rope_limits_passed
 from .schema import Settings
@@ -48,4 +49,23 @@ def check_rope_kernels(settings: Settings, environment: Environment) -> Iterator
         reason = "sums over heads in an order that is chosen by timing"
         yield Problem(name, backend, reason, f"set kernels.deterministic=false, or {remedy}")
     for limit in fused_rope_limits_passed(settings):
+        yield Problem(name, backend, f"takes {limit}", remedy)
+
+
+def check_norm_kernels(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """`kernels.norm_backend` is built, and runs on this device, in this precision, this model."""
+    backend = settings.kernels.norm_backend
+    if backend != "csrc":
+        return
+    name, remedy = "kernels.norm_backend", "choose torch or auto"
+    device = resolve_device(settings.device, environment)
+    if device == "cpu":
+        yield Problem(name, backend, "is for Hopper GPUs", remedy)
+    elif resolve_precision(settings.precision.compute, device) == "fp32":
+        reason = "is for bf16, not precision.compute = fp32"
+        yield Problem(name, backend, reason, f"set precision.compute=bf16, or {remedy}")
+    if not environment.has_native_library:
+        build = "run pip install --no-build-isolation -e . or choose torch or auto"
+        yield Problem(name, backend, "the compiled operations are not built", build)
+    for limit in norm_limits_passed(settings):
         yield Problem(name, backend, f"takes {limit}", remedy)

@@ -14,7 +14,11 @@ from .check_dispatcher import check_dispatcher
 from .check_files import check_checkpoint, check_data
 from .check_kernels import check_kernels
 from .check_layout import check_model, check_sharding, check_world
-from .check_linear_kernels import check_linear_kernels, check_rope_kernels
+from .check_linear_kernels import (
+    check_linear_kernels,
+    check_norm_kernels,
+    check_rope_kernels,
+)
 from .check_loss_kernels import check_loss_kernels
 from .check_moe_kernels import check_moe_kernels
 from .check_order import check_growing_tokens
@@ -42,6 +46,7 @@ def check(
         check_moe_kernels,
         check_loss_kernels,
         check_linear_kernels,
+        check_norm_kernels,
         check_rope_kernels,
         check_precision,
         check_model,

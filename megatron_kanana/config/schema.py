@@ -332,6 +332,12 @@ class KernelSettings:
         " turns, splits and joins in one pass",
         choices=("auto", "triton", "torch"),
     )
+    norm_backend: str = setting(
+        "auto",
+        help="the same for norms and the embedding's gradient: csrc is for Hopper GPUs in bf16,"
+        " where gradients of both are added to the fp32 sums as they are computed",
+        choices=("auto", "csrc", "torch"),
+    )
     loss_backend: str = setting(
         "auto",
         help="the same for the output layer's losses",

@@ -24,6 +24,7 @@ class Backends:
         experts: of `kernels.moe`.
         linear: of the dense linear layers, 'te' or 'torch'.
         rope: of rotary embeddings, 'triton' or 'torch'.
+        norm: of norms and of the embedding's gradient, 'csrc' or 'torch'.
         loss: of `kernels.linear_cross_entropy`.
         experts_fp8: whether experts are computed in fp8 (`kernels.moe.fp8`).
     """
@@ -32,6 +33,7 @@ class Backends:
     experts: str
     linear: str = "torch"
     rope: str = "torch"
+    norm: str = "torch"
     loss: str = "torch"
     experts_fp8: bool = False
 

@@ -1,4 +1,4 @@
-"""Which implementations of the dense linear layers and of rotary embeddings run, and why."""
+"""Which implementations of linear layers, rotary embeddings and norms run, and why."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from .choice import backend_or_torch
+from .native import has_operation_for, native_library_error
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,31 @@ def choose_rope_backend(
     return backend
 
 
+def choose_norm_backend(
+    requested: str, device_type: str, *, dtype: torch.dtype, limits_passed: Iterable[str]
+) -> str:
+    """Pick the backend of norms and the embedding's gradient once, at start-up, and say why.
+
+    Args:
+        requested: `kernels.norm_backend`: 'auto', 'csrc' or 'torch'.
+        device_type: 'cuda' or 'cpu'.
+        dtype: of weights and activations.
+        limits_passed: what the kernels do not take of the model.
+
+    Raises:
+        RuntimeError: what was asked for cannot be used here.
+    """
+    backend, reason = backend_or_torch(
+        "kernels.norm_backend",
+        requested,
+        "csrc",
+        "compiled operations found",
+        lambda: _norm_error(device_type, dtype, limits_passed),
+    )
+    logger.info("norms and the embedding's gradient: %s (%s)", backend, reason)
+    return backend
+
+
 def _transformer_engine_error(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cuda":
         return "Transformer Engine is for CUDA devices"
@@ -86,6 +112,20 @@ def _transformer_engine_error(device_type: str, dtype: torch.dtype) -> str | Non
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer-engine is not installed (pip install 'transformer-engine[pytorch]')"
     return None
+
+
+def _norm_error(device_type: str, dtype: torch.dtype, limits_passed: Iterable[str]) -> str | None:
+    if device_type != "cuda":
+        return "the kernels are for Hopper GPUs"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
+    if dtype != torch.bfloat16:
+        return f"the kernels compute in bfloat16, not {dtype}"
+    if (error := native_library_error()) is None and not has_operation_for(
+        "rms_norm_forward", "CUDA"
+    ):
+        error = "the compiled operations have no norms (build them again)"
+    return error or next((f"the kernels take {limit}" for limit in limits_passed), None)
 
 
 def _triton_error(

@@ -14,6 +14,7 @@ from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import Backends
 
 from .attention import core_attention_spec
+from .embedding import add_embedding_gradients_in_place
 from .initialization import initialize_weights
 from .layer_spec import (
     ExpertLayerSpec,
@@ -24,6 +25,7 @@ from .layer_spec import (
 from .linear_layers import leave_out_of_fp8, linear_layers, mark_whole_layers
 from .linear_loss import LinearLossGPTModel
 from .multi_token import MultiTokenGPTModel
+from .norm import norm_class
 
 
 def build_model(
@@ -47,6 +49,8 @@ def _build_chunk(
     chunk = gpt_model(settings, config, backends, vp_stage)
     chunk.to(device.torch_device)
     mark_whole_layers(chunk)
+    if backends.norm == "csrc":
+        add_embedding_gradients_in_place(chunk)
     leave_out_of_fp8(chunk, settings.precision.bf16_weights)
     initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed, settings.transfer)
     in_bf16 = device.dtype == torch.bfloat16
@@ -68,12 +72,12 @@ def gpt_model(
         fp8 = backends.experts_fp8 and not in_bf16
         return expert_layer_spec(settings.parallel.token_dispatcher, backends.experts, fp8=fp8)
 
-    linear = linear_layers(backends.linear)
+    linear, norm = linear_layers(backends.linear), norm_class(backends.norm)
     return model_class(
         config=config,
-        transformer_layer_spec=block_spec(config, attention, experts, linear, vp_stage),
+        transformer_layer_spec=block_spec(config, attention, experts, linear, norm, vp_stage),
         mtp_block_spec=multi_token_prediction_spec(
-            config, attention, experts(False), linear, vp_stage
+            config, attention, experts(False), linear, norm, vp_stage
         ),
         vocab_size=settings.model.padded_vocab_size,
         max_sequence_length=settings.data.sequence_length,

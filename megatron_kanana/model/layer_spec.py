@@ -66,6 +66,7 @@ def block_spec(
     core_attention: ModuleSpec,
     experts: Callable[[bool], ExpertLayerSpec],
     linear: LinearLayers,
+    norm: type[RMSNorm],
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline rank's (virtual) stage, and the final norm.
@@ -79,8 +80,8 @@ def block_spec(
     for index in range(first, first + count):
         in_bf16 = is_first_last_bf16_layer(config, index)
         of_layer = experts(in_bf16) if config.moe_layer_freq[index] else None
-        layers.append(layer_spec(core_attention, of_layer, linear))
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+        layers.append(layer_spec(core_attention, of_layer, linear, norm))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def multi_token_prediction_spec(
@@ -88,6 +89,7 @@ def multi_token_prediction_spec(
     core_attention: ModuleSpec,
     experts: ExpertLayerSpec,
     linear: LinearLayers,
+    norm: type[RMSNorm],
     vp_stage: int | None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The multi-token prediction layers (DeepSeek-V3, section 2.2); None on other stages.
@@ -102,34 +104,39 @@ def multi_token_prediction_spec(
     layer = ModuleSpec(
         module=PredictionLayer,
         submodules=prediction_layer_submodules(
-            enorm=RMSNorm,
-            hnorm=RMSNorm,
+            enorm=norm,
+            hnorm=norm,
             eh_proj=linear.column,
-            transformer_layer=layer_spec(core_attention, experts, linear),
-            layer_norm=RMSNorm,
+            transformer_layer=layer_spec(core_attention, experts, linear, norm),
+            layer_norm=norm,
         ),
     )
     return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * count)
 
 
 def layer_spec(
-    core_attention: ModuleSpec, experts: ExpertLayerSpec | None, linear: LinearLayers
+    core_attention: ModuleSpec,
+    experts: ExpertLayerSpec | None,
+    linear: LinearLayers,
+    norm: type[RMSNorm],
 ) -> ModuleSpec:
     """One transformer layer: norm, MLA, norm, then experts or, without, a dense feed-forward."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=_attention_spec(core_attention, linear),
+            input_layernorm=norm,
+            self_attention=_attention_spec(core_attention, linear, norm),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=experts or ModuleSpec(module=MLP, submodules=_mlp_submodules(linear)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _attention_spec(core_attention: ModuleSpec, linear: LinearLayers) -> ModuleSpec:
+def _attention_spec(
+    core_attention: ModuleSpec, linear: LinearLayers, norm: type[RMSNorm]
+) -> ModuleSpec:
     # The down-projections are whole on every tensor-parallel rank. Split by columns, the shared
     # rotary key would get only its own rank's gradient (megatron-core gathers it without a sum).
     return ModuleSpec(
@@ -143,8 +150,8 @@ def _attention_spec(core_attention: ModuleSpec, linear: LinearLayers) -> ModuleS
             linear_kv_up_proj=linear.column,
             core_attention=core_attention,
             linear_proj=linear.row,
-            q_layernorm=RMSNorm,
-            kv_layernorm=RMSNorm,
+            q_layernorm=norm,
+            kv_layernorm=norm,
         ),
     )
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_kanana.kernels.norm import rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * gain over the last dimension (arXiv 1910.07467).
@@ -37,3 +39,16 @@ class RMSNorm(torch.nn.Module):
         """[..., hidden_size] -> the same shape and dtype."""
         gain = self.weight + 1.0 if self.zero_centered else self.weight
         return F.rms_norm(hidden_states, gain.shape, gain, self.eps)
+
+
+class CompiledRMSNorm(RMSNorm):
+    """The same by csrc's kernels, for Hopper GPUs."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """bf16 [..., hidden_size] -> the same shape and dtype."""
+        return rms_norm(hidden_states, self.weight, self.eps, zero_centered=self.zero_centered)
+
+
+def norm_class(backend: str) -> type[RMSNorm]:
+    """Of `kernels.norm_backend`, 'csrc' or 'torch'; parameters have the same names in both."""
+    return CompiledRMSNorm if backend == "csrc" else RMSNorm

@@ -27,6 +27,7 @@ from megatron_kanana.config.check_mixture import check_position
 from megatron_kanana.config.expert_sizes import expert_layer_sizes
 from megatron_kanana.config.ledger import Ledger, SampleRange, read_ledger
 from megatron_kanana.config.mixture import mixture, sources, tokens_by_source
+from megatron_kanana.config.norm_sizes import norm_limits_passed
 from megatron_kanana.config.rotary_sizes import fused_rope_limits_passed
 from megatron_kanana.data.builtin import BuiltinData, builtin_data, prepare_builtin_data
 from megatron_kanana.data.held_out import HeldOutText, read_held_out
@@ -40,7 +41,11 @@ from megatron_kanana.data.mixed import (
 from megatron_kanana.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import Backends, choose_backend
-from megatron_kanana.kernels.dense import choose_linear_backend, choose_rope_backend
+from megatron_kanana.kernels.dense import (
+    choose_linear_backend,
+    choose_norm_backend,
+    choose_rope_backend,
+)
 from megatron_kanana.kernels.linear_cross_entropy.backend import choose_loss_backend
 from megatron_kanana.kernels.moe.backend import choose_fp8_experts, choose_moe_backend
 from megatron_kanana.model.builder import build_model
@@ -185,6 +190,12 @@ def choose_backends(settings: Settings, device: Device) -> Backends:
         limits_passed=fused_rope_limits_passed(settings),
         deterministic=kernels.deterministic,
     )
+    norm = choose_norm_backend(
+        kernels.norm_backend,
+        device.torch_device.type,
+        dtype=device.dtype,
+        limits_passed=norm_limits_passed(settings),
+    )
     loss = choose_loss_backend(kernels.loss_backend, device.torch_device.type)
     experts_fp8 = choose_fp8_experts(
         settings.precision.experts,
@@ -193,7 +204,7 @@ def choose_backends(settings: Settings, device: Device) -> Backends:
         device.torch_device.type,
         expert_layer_sizes(settings),
     )
-    return Backends(attention, experts, linear, rope, loss, experts_fp8)
+    return Backends(attention, experts, linear, rope, norm, loss, experts_fp8)
 
 
 def build_run(settings: Settings, device: Device) -> Run:

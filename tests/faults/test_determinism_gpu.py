@@ -29,6 +29,7 @@ MODEL = (  # the smallest that the kernels for Hopper take, in fp8 as well
 KERNELS = (
     *("device=cuda", "kernels.deterministic=true", "kernels.backend=csrc"),
     *("kernels.moe_backend=csrc", "kernels.linear_backend=te", "kernels.loss_backend=csrc"),
+    "kernels.norm_backend=csrc",
 )
 MUON_CLIP = ("optimizer=muon", "optimizer.qk_clip_threshold=0.02")
 OFTEN = (

@@ -1,4 +1,4 @@
-"""Linear layers and rotary embeddings: what is chosen, why, and what it is the same as."""
+"""Linear layers, rotary embeddings, norms: what is chosen, why, what it is the same as."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import torch
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
 from megatron_kanana.config import Environment, load_settings
+from megatron_kanana.config.norm_sizes import norm_limits_passed
 from megatron_kanana.config.rotary_sizes import fused_rope_limits_passed
 from megatron_kanana.device import Device
 from megatron_kanana.kernels import dense
 from megatron_kanana.kernels.backend import Backends
-from megatron_kanana.kernels.dense import choose_linear_backend, choose_rope_backend
+from megatron_kanana.kernels.dense import (
+    choose_linear_backend,
+    choose_norm_backend,
+    choose_rope_backend,
+)
 from megatron_kanana.model.megatron_config import transformer_config
 from megatron_kanana.model.rotary import any_number_of_tokens, rotary_options
 
@@ -118,6 +123,52 @@ def test_the_rotary_kernel_takes_powers_of_two() -> None:
     (of_width,) = passed("model.qk_nope_head_dim=48")
     assert "model.qk_nope_head_dim" in of_width
     assert passed("model.qk_rope_head_dim=2")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "built", "limits", "backend", "reason"),
+    [
+        ("cuda", BF16, (9, 0), True, [], "csrc", "compiled operations found"),
+        ("cuda", BF16, (9, 0), False, [], "torch", "build them again"),
+        ("cuda", BF16, (9, 0), True, ["a width of 20"], "torch", "take a width of 20"),
+        ("cuda", BF16, (8, 0), True, [], "torch", "no Hopper GPU"),
+        ("cuda", FP32, (9, 0), True, [], "torch", "in bfloat16"),
+        ("cpu", BF16, (9, 0), True, [], "torch", "for Hopper GPUs"),
+    ],
+)
+def test_norms_are_chosen_with_a_reason(
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    built: bool,
+    limits: list[str],
+    backend: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr(dense, "has_operation_for", lambda *_: built)
+    caplog.set_level(logging.INFO)
+    options: dict[str, Any] = {"dtype": dtype, "limits_passed": limits}
+    assert choose_norm_backend("auto", device, **options) == backend
+    (line,) = caplog.messages
+    assert line.startswith(f"norms and the embedding's gradient: {backend} (")
+    assert reason in line
+    if backend == "torch":
+        with pytest.raises(RuntimeError, match=reason):
+            choose_norm_backend("csrc", device, **options)
+
+
+def test_norms_of_widths_that_are_multiples_of_eight_are_taken() -> None:
+    def passed(*words: str) -> list[str]:
+        return list(norm_limits_passed(load_settings(words, GPU)))
+
+    assert not passed()
+    (of_latent,) = passed("model.kv_lora_rank=20")
+    assert "model.kv_lora_rank" in of_latent and of_latent.endswith("not 20")
+    assert passed("model.q_lora_rank=12") and passed("model.hidden_size=32768")
 
 
 @pytest.mark.parametrize("base", [1e4, 5e5, 1e6])

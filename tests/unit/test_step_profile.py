@@ -43,6 +43,8 @@ def test_components_launches_and_idle_time_are_those_of_one_step() -> None:
         ("void megatron_kanana::sm90::weight_gradient_kernel<true>", "experts"),
         ("void megatron_kanana::combine_kernel", "routing, permutation, combination"),
         ("rms_norm_fwd_general_kernel", "norms"),
+        ("void megatron_kanana::rms_norm_backward_kernel<Row<32, 8>>", "norms"),
+        ("megatron_kanana::embedding_add_kernel", "copies and sums"),
         ("rotary_fwd_q_kernel", "rotary embedding"),
         ("block_scaled_1d_cast_transpose_kernel", "casts to fp8"),
         ("unheard_of", "other"),

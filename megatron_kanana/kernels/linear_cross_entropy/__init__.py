@@ -39,7 +39,7 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden_states @ weight.T`, which is computed a chunk of tokens at a time.
 
     The weight's gradient goes straight into `main_grad` where megatron-core's data parallelism gave
-    the parameter one (see `kernels.moe.weight_gradients`). docs/loss.md says how gradients come
+    the parameter one (see `kernels.weight_gradients`). docs/loss.md says how gradients come
     about, and what is kept for them.
 
     Args:

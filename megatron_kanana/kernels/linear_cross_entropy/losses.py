@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..moe.weight_gradients import gradient_buffer, gradient_to_return
+from ..weight_gradients import gradient_buffer, gradient_to_return
 from .products import add_product_
 from .vocabulary import Vocabulary
 

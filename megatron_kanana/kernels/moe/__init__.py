@@ -114,8 +114,9 @@ def routed_experts(
     """Each token's weighted sum of its experts, down(silu(gate(x)) * up(x)).
 
     Gradients of the experts' weights go straight into `main_grad` where megatron-core's data
-    parallelism gave the parameters one (see `weight_gradients`). Between forward and backward
-    `csrc` keeps the hidden states, the experts' pre-activations, the weights and the permutation.
+    parallelism gave the parameters one (see `kernels.weight_gradients`). Between forward and
+    backward `csrc` keeps the hidden states, the experts' pre-activations, the weights and the
+    permutation.
 
     Args:
         hidden_states_TD: [tokens, hidden size], fp32 or bf16.

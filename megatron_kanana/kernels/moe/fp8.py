@@ -18,8 +18,8 @@ import torch
 from megatron_kanana.native_library import HOPPER_FP8_EXPERT_WIDTH_UNIT
 
 from ..native import load_native_operations
+from ..weight_gradients import gradient_buffer, gradient_to_return
 from .permutation import Permutation
-from .weight_gradients import gradient_buffer, gradient_to_return
 
 _operations = torch.ops.megatron_kanana
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..weight_gradients import collects_gradient
 from .permutation import Permutation
-from .weight_gradients import collects_gradient
 
 
 def route(

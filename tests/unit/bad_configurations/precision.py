@@ -209,6 +209,30 @@ PRECISION = {
         "set kernels.deterministic=false, or choose torch or auto",
         CUDA_MACHINE,
     ),
+    "GPU kernels of norms on a CPU": Bad(
+        ("kernels.norm_backend=csrc",), "kernels.norm_backend", "csrc", "choose torch or auto"
+    ),
+    "GPU kernels of norms in fp32": Bad(
+        ("kernels.norm_backend=csrc", "precision=fp32"),
+        "kernels.norm_backend",
+        "csrc",
+        "set precision.compute=bf16",
+        CUDA_MACHINE,
+    ),
+    "GPU kernels of norms that are not built": Bad(
+        ("kernels.norm_backend=csrc",),
+        "kernels.norm_backend",
+        "csrc",
+        "run pip install --no-build-isolation -e .",
+        dataclasses.replace(CUDA_MACHINE, has_native_library=False),
+    ),
+    "GPU kernels of norms for a width of 20": Bad(
+        ("kernels.norm_backend=csrc", "model.kv_lora_rank=20"),
+        "kernels.norm_backend",
+        "csrc",
+        "choose torch or auto",
+        CUDA_MACHINE,
+    ),
     "GPU kernel of rotary embeddings for 24 heads": Bad(
         ("kernels.rope_backend=triton", "model.num_attention_heads=24"),
         "kernels.rope_backend",

@@ -1,4 +1,4 @@
-"""Where gradients of experts' weights go: into megatron-core's fp32 `main_grad`, if there is one.
+"""Where our operations put weights' gradients: into megatron-core's fp32 `main_grad`, if any.
 
 megatron-core's data parallelism keeps one fp32 buffer of all gradients, a view of which is each
 parameter's `main_grad`, and adds `.grad` to it in a hook. A gradient of all experts is as large as
