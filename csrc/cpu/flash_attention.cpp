@@ -11,8 +11,8 @@ namespace {
 
 // A key head's backward pass is cut where there are fewer heads than this, each cut at most so
 // often: every chunk has gradients of all keys and values to itself.
-constexpr int64_t kWantedPieces = 16;
-constexpr int64_t kMostChunks = 8;
+constexpr int64_t kWantedPieces = 8;
+constexpr int64_t kMostChunks = 4;
 constexpr int64_t kLeastChunkQueries = 512;
 
 const FlashAttentionTarget& choose_target() {

@@ -176,18 +176,30 @@ inline void clear_rows(float* column, int64_t begin, int64_t end) {
 // to `end`, a range of whole blocks.
 inline void backward_rows(const BackwardTensors& tensors, const BackwardScratch& scratch,
                           const QueryTile& queries, int64_t begin, int64_t end, float scale) {
-  for (int column = 0; column < kTile / kColumn; ++column) {
+  constexpr int kColumns = kTile / kColumn;
+  Range seen[kColumns];
+  Floats maxima[kColumns][2];
+  for (int column = 0; column < kColumns; ++column) {
     const VisibleKeys& visible = queries.visible[column];
-    const int64_t first = clamp(visible.any_begin / kRows * kRows, begin, end);
-    const int64_t stop = clamp(round_up(visible.any_end, kRows), first, end);
+    seen[column].begin = clamp(visible.any_begin / kRows * kRows, begin, end);
+    seen[column].end = clamp(round_up(visible.any_end, kRows), seen[column].begin, end);
+    maxima[column][0] = maxima[column][1] = broadcast(-kInfinity);
     float* const both[] = {scratch.probabilities, scratch.grad_logits};
     for (float* const rows : both) {
-      clear_rows(rows + column * kColumn, begin, first);
-      clear_rows(rows + column * kColumn, stop, end);
+      clear_rows(rows + column * kColumn, begin, seen[column].begin);
+      clear_rows(rows + column * kColumn, seen[column].end, end);
     }
-    Floats maxima[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
-    backward_logits(tensors, scratch, visible, column, first, stop, maxima);
-    backward_softmax(scratch, column, first, stop, scale, maxima);
+  }
+  // Tile by tile, so that columns find keys and values in the cache.
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    for (int column = 0; column < kColumns; ++column) {
+      backward_logits(tensors, scratch, queries.visible[column], column,
+                      larger(tile, seen[column].begin), smaller(tile + kTile, seen[column].end),
+                      maxima[column]);
+    }
+  }
+  for (int column = 0; column < kColumns; ++column) {
+    backward_softmax(scratch, column, seen[column].begin, seen[column].end, scale, maxima[column]);
   }
 }
 
