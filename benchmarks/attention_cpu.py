@@ -2,9 +2,9 @@
 
 python -m benchmarks.attention_cpu --name attention_cpu
 
-Ours finds each head's largest logit as well, which torch's do not. Each gets tensors in the layout
-it is made for: ours [sequence, batch, heads, width], torch's [batch, heads, sequence, width]. All
-masks are causal, all numbers fp32.
+Ours finds each head's largest logit as well, which torch's do not. Each is timed with tensors in
+the layout it is made for: ours [sequence, batch, heads, width], torch's [batch, heads, sequence,
+width]. All masks are causal there, all numbers fp32. Inputs of the errors: attention_cpu_errors.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_kanana.kernels.attention import attention
 from megatron_kanana.kernels.native import load_native_operations
 
+from .attention_cpu_errors import error_rows
 from .card import RESULTS_DIR, Row, write_card
 from .interleaved_cpu import rows_in_turns
 
@@ -54,7 +55,6 @@ CASES = (
     Case(2, 1024, 8, 128, 128),
     Case(2, 1024, 8, 64, 64),
 )
-ACCURACY_CASE = Case(1, 1024, 4, 192, 128)
 
 Tensors = list[torch.Tensor]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -126,57 +126,26 @@ def time_case(case: Case, rounds: int) -> list[Row]:
     return rows_in_turns(str(case), OURS, by_name, rounds)
 
 
-def outputs(function: Attention, tensors: Tensors, sequence_first: bool) -> Tensors:
-    """Output and gradients, [batch, heads, sequence, width]."""
-    *inputs, grad_out = tensors
-    out = function(*inputs)
-    grads = torch.autograd.grad(out, inputs, grad_out)
-    results = [out.detach(), *grads]
-    return [tensor.permute(1, 2, 0, 3) if sequence_first else tensor for tensor in results]
-
-
-def errors() -> list[Row]:
-    """Largest error of the output and each gradient against torch's plain path in float64."""
-    case = ACCURACY_CASE
-    by_name = contenders(case)
-    doubles = [tensor.double() for tensor in random_tensors(case)]
-    for tensor in doubles[:3]:
-        tensor.requires_grad_()
-    exact = outputs(of_torch(SDPBackend.MATH), doubles, False)
-    largest = {
-        name: [
-            float((result.double() - expected).abs().max())
-            for result, expected in zip(
-                outputs(function, tensors, name == OURS), exact, strict=True
-            )
-        ]
-        for name, (function, tensors) in by_name.items()
-    }
-    names = ("output", "query's gradient", "key's gradient", "value's gradient")
-    return [
-        Row(f"{case}: error of the {name}", "largest difference", own, MATH, peer, peer / own)
-        for name, own, peer in zip(names, largest[OURS], largest[MATH], strict=True)
-    ]
-
-
 def main() -> None:
     """Measure, print and write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True, help="name of the card")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--draws", type=int, default=16, help="random inputs of a case of errors")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     load_native_operations()
     print(f"{torch.ops.megatron_kanana.cpu_instruction_set()}, {options.threads} threads")
-    rows = [row for case in CASES for row in time_case(case, options.rounds)] + errors()
+    rows = [row for case in CASES for row in time_case(case, options.rounds)]
+    errors, notes = error_rows(PEERS, options.draws)
+    rows += errors
     for row in rows:
-        print(
-            f"{row.name}: {row.ours:.4g} {row.unit}, {row.peer} {row.peer_value:.4g}, "
-            f"ratio {row.ratio:.2f}"
-        )
-    write_card(options.name, rows, options.results_dir)
+        ratio = "" if row.ratio is None else f", ratio {row.ratio:.2f}"
+        print(f"{row.name}: {row.ours:.4g} {row.unit}, {row.peer} {row.peer_value:.4g}{ratio}")
+    print("\n".join(notes))
+    write_card(options.name, rows, options.results_dir, notes)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def summary(results: Sequence[Compared]) -> list[str]:
     for result in larger[:8]:
         row = result.row
         text += f"; {row.name}: {row.ours:.3e}, {_ratio(result):.3f} of {row.peer}'s"
-    return [text, *_means_by_kind(results)]
+    return [text, *means_by_kind(results)]
 
 
 def _ratio(result: Compared) -> float:
@@ -100,7 +100,7 @@ def _ratio(result: Compared) -> float:
     return result.row.ours / result.row.peer_value
 
 
-def _means_by_kind(results: Sequence[Compared]) -> list[str]:
+def means_by_kind(results: Sequence[Compared]) -> list[str]:
     """Geometric means, over cases and draws, of our error over each peer's."""
     by_peer: dict[str, dict[str, list[list[float]]]] = {}
     for result in results:
