@@ -189,6 +189,9 @@ def report_plan(settings: Settings, environment: Environment, options: argparse.
     from megatron_kanana.planning.search import search
 
     machine = machine_named(options.machine, machine_values(options.machine_value))
+    if (parts := settings.parallel.context_parallel_size) > 1:
+        name, reason = "parallel.context_parallel_size", "is not among what is predicted"
+        raise ConfigurationError([Problem(name, parts, reason, "plan with 1, or use --dry-run")])
     implementation = IMPLEMENTATIONS[options.implementation]
     if options.fp8 and implementation is KANANA:
         remedy = "set precision=fp8_blockwise or fp8_blockwise_experts, or another --implementation"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.parallel.layouts import (
     ADAMW_WEIGHTS_TOLERANCE,
+    CONTEXT,
     EXPERT,
     EXPERT_TENSOR,
     LAYOUTS,
@@ -160,6 +161,9 @@ def layouts(processes: int) -> Layouts:
     more: Layouts = {
         f"EP{processes}": (processes, (f"parallel.expert_parallel_size={processes}",)),
         "TP4": (4, ("parallel.tensor_parallel_size=4",)),
+        "CP4": (4, ("parallel.context_parallel_size=4",)),
+        "CP2 x PP2": (4, (CONTEXT, PIPELINE)),
+        "CP2 x EP4": (4, (CONTEXT, "parallel.expert_parallel_size=4")),
         "PP2 with 2 virtual stages x DP2": (4, (PIPELINE, VIRTUAL)),
         "EP2 x expert-TP2": (4, (EXPERT, EXPERT_TENSOR)),
         "TP2 x EP2 x DP2": (4, (TENSOR, EXPERT)),

@@ -18,9 +18,9 @@ void check(const at::Tensor& tensor, const char* name, at::IntArrayRef shape, at
               tensor.scalar_type());
   TORCH_CHECK(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
   TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
-  TORCH_CHECK(dtype != at::kBFloat16 ||
-                  reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
-              name, " must begin at a multiple of 16 bytes");
+  TORCH_CHECK(
+      dtype != at::kBFloat16 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
+      name, " must begin at a multiple of 16 bytes");
 }
 
 RmsNormSizes check_norm(const at::Tensor& in, const at::Tensor& gain, bool zero_centered) {

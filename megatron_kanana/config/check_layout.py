@@ -112,6 +112,7 @@ def check_sharding(settings: Settings, environment: Environment) -> Iterator[Pro
                 f"choose one of {_divisors(size)}" if size < 512 else "choose a divisor of it",
             )
     yield from check_stages(settings)
+    yield from check_context(settings)
     yield from check_recompute(settings.parallel)
     if parallel.virtual_pipeline_stages > 1 and parallel.pipeline_parallel_size == 1:
         yield Problem(
@@ -126,6 +127,41 @@ def check_sharding(settings: Settings, environment: Environment) -> Iterator[Pro
             parallel.expert_tensor_parallel_size,
             f"is larger than parallel.tensor_parallel_size = {tensor}",
             f"choose at most {tensor}",
+        )
+
+
+def check_context(settings: Settings) -> Iterator[Problem]:
+    """Sequences can be cut for context parallelism, and heads dealt out for attention."""
+    model, parallel = settings.model, settings.parallel
+    name, parts = "parallel.context_parallel_size", parallel.context_parallel_size
+    if parts == 1:
+        return
+    pieces = 2 * parts * parallel.tensor_parallel_size
+    if settings.data.sequence_length % pieces:
+        yield Problem(
+            name,
+            parts,
+            f"cuts sequences into {pieces} pieces, two for each process of it and of"
+            " parallel.tensor_parallel_size, which do not divide data.sequence_length ="
+            f" {settings.data.sequence_length}",
+            f"choose a length that is a multiple of {pieces}",
+        )
+    heads = model.num_attention_heads // parallel.tensor_parallel_size
+    if heads % parts:
+        yield Problem(
+            name,
+            parts,
+            f"does not divide the {heads} heads of model.num_attention_heads over"
+            " parallel.tensor_parallel_size",
+            f"choose one of {_divisors(heads)}",
+        )
+    if model.num_mtp_layers > 1:
+        yield Problem(
+            name,
+            parts,
+            f"takes one layer for multi-token prediction, not model.num_mtp_layers ="
+            f" {model.num_mtp_layers}",
+            "set it to 1, or model.num_mtp_layers to 0 or 1",
         )
 
 
@@ -186,7 +222,7 @@ def check_world(settings: Settings, environment: Environment) -> Iterator[Proble
     """The processes of the launch can be laid out, and the batch dealt over them."""
     parallel, schedule = settings.parallel, settings.schedule
     world = environment.world_size
-    dense = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    dense = parallel.model_parallel_size
     expert = (
         parallel.expert_tensor_parallel_size
         * parallel.expert_parallel_size
@@ -194,7 +230,8 @@ def check_world(settings: Settings, environment: Environment) -> Iterator[Proble
     )
     if world % dense:
         yield Problem(
-            "parallel.tensor_parallel_size x parallel.pipeline_parallel_size",
+            "parallel.tensor_parallel_size x parallel.context_parallel_size"
+            " x parallel.pipeline_parallel_size",
             dense,
             f"does not divide the world of {world} processes",
             f"start a multiple of {dense} processes, or choose a divisor of {world}",

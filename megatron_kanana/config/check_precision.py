@@ -110,7 +110,8 @@ def _check_sizes(fp8: str, recipe: Fp8Recipe, settings: Settings) -> Iterator[Pr
     parallel, schedule = settings.parallel, settings.schedule
     parts = parallel.tensor_parallel_size
     sizes = {name: (size, recipe.multiple) for name, size in linear_sizes(settings).items()}
-    tokens = settings.data.sequence_length * schedule.micro_batch_size // parts
+    tokens = settings.data.sequence_length * schedule.micro_batch_size
+    tokens //= parts * parallel.context_parallel_size
     is_gathered = parts > 1
     sizes["data.sequence_length x schedule.micro_batch_size of a process"] = (
         tokens,

@@ -21,6 +21,9 @@ def fused_rope_limits_passed(settings: Settings) -> Iterator[str]:
         "model.qk_rope_head_dim of at least 4": max(3, model.qk_rope_head_dim),
         "model.v_head_dim": model.v_head_dim,
     }
+    if settings.parallel.context_parallel_size > 1:
+        split = settings.parallel.context_parallel_size
+        yield f"whole sequences, not parts of parallel.context_parallel_size = {split}"
     for name, size in sizes.items():
         if size & (size - 1):
             yield f"{name} that is a power of two, not {size}"

@@ -14,6 +14,7 @@ from .schema import Settings
 
 ONE_PROCESS = (
     "parallel.tensor_parallel_size=1",
+    "parallel.context_parallel_size=1",
     "parallel.pipeline_parallel_size=1",
     "parallel.virtual_pipeline_stages=1",
     "parallel.embeddings_count_as_layers=false",

@@ -119,6 +119,12 @@ class ParallelSettings:
     tensor_parallel_size: int = setting(
         1, help="processes one layer is split over; above 1, sequence parallelism is on", minimum=1
     )
+    context_parallel_size: int = setting(
+        1,
+        help="processes one sequence is split over; for attention they take some heads each"
+        " instead, by all-to-alls",
+        minimum=1,
+    )
     pipeline_parallel_size: int = setting(1, help="pipeline stages", minimum=1)
     virtual_pipeline_stages: int = setting(
         1, help="interleaved stages each pipeline rank holds", minimum=1
@@ -153,6 +159,11 @@ class ParallelSettings:
         " next to nothing; MLA's up-projections with queries, keys and values; dense feed-forwards",
         choices=RECOMPUTE_PARTS,
     )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that work on the same samples."""
+        return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
 
 
 PARAMETER_KINDS = (*DENSE_WEIGHTS, "router", "embedding", "output_layer")
@@ -396,10 +407,8 @@ class Settings:
         return self.checkpoint.directory or f"{self.run_dir}/checkpoints"
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Processes that hold the same dense weights and see different samples."""
-        return world_size // (
-            self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
-        )
+        """Processes, or groups that share sequences, with the same weights and other samples."""
+        return world_size // self.parallel.model_parallel_size
 
     def num_microbatches(self, world_size: int, global_batch_size: int | None = None) -> int:
         """Forward passes of one process in one step, of the first size or of another."""

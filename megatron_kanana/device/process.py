@@ -96,10 +96,12 @@ def initialize_process_groups(settings: Settings, device: Device) -> None:
     parallel = settings.parallel
     world_size = dist.get_world_size()
     logger.info(
-        "device: %s, %s; %d x tensor, %d x pipeline, %d x data, experts over %d: %d process%s",
+        "device: %s, %s; %d x tensor, %d x context, %d x pipeline, %d x data, experts over %d:"
+        " %d process%s",
         device.torch_device,
         "bf16" if device.dtype == torch.bfloat16 else "fp32",
         parallel.tensor_parallel_size,
+        parallel.context_parallel_size,
         parallel.pipeline_parallel_size,
         settings.data_parallel_size(world_size),
         parallel.expert_parallel_size,
@@ -117,6 +119,7 @@ def lay_over_processes(settings: Settings, *, with_gloo_groups: bool = True) -> 
     parallel = settings.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline_stages if parallel.virtual_pipeline_stages > 1 else None

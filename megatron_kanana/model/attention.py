@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_kanana.kernels.attention import attention
+
+from .context_parallel import part_of_sequence, whole_sequence
 
 
 def core_attention_spec(backend: str, deterministic: bool) -> ModuleSpec:
@@ -21,9 +24,12 @@ def core_attention_spec(backend: str, deterministic: bool) -> ModuleSpec:
 class MaxLogitCoreAttention(MegatronModule):
     """Causal attention that leaves each head's largest logit beside the module.
 
+    Under context parallelism it gets all local heads of a part of the sequence, and computes a part
+    of the heads over the whole of it.
+
     Attributes:
-        max_logits: fp32 [local heads], the running maximum over the training forwards since it
-            was last taken, raised in place; None before the first. Evaluation does not touch it.
+        max_logits: fp32 [heads computed here], the running maximum over the training forwards since
+            it was last taken, raised in place; None before the first. Evaluation does not touch it.
 
     Args:
         backend: implementation of the attention (see `kernels.attention`).
@@ -39,6 +45,7 @@ class MaxLogitCoreAttention(MegatronModule):
         backend: str,
         deterministic: bool,
         softmax_scale: float,
+        pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -46,6 +53,7 @@ class MaxLogitCoreAttention(MegatronModule):
         self.backend = backend
         self.deterministic = deterministic
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
         self.max_logits: torch.Tensor | None = None
 
     def forward(
@@ -58,13 +66,17 @@ class MaxLogitCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """[sequence, batch, heads, width] each -> [sequence, batch, heads * value width].
 
-        Keys and values may be more than the queries, which then are the last positions.
+        Keys and values may be more than the queries, which then are the last positions. Under
+        context parallelism `sequence` is this process's part, and the mask is of all tokens.
 
         Args:
             attention_mask: int32 [2, batch, sequence], where each token's document begins and
                 ends, as `kernels.attention` takes it. megatron-core hands this argument on as it
                 is, so it need not be a mask of sequence by sequence.
         """
+        is_split = self.config.context_parallel_size > 1
+        if is_split:
+            query, key, value = (whole_sequence(x, self.cp_group) for x in (query, key, value))
         if self.training and self.max_logits is None:
             self.max_logits = torch.full(
                 (query.shape[2],), float("-inf"), dtype=torch.float32, device=query.device
@@ -79,6 +91,8 @@ class MaxLogitCoreAttention(MegatronModule):
             max_logits_N=self.max_logits if self.training else None,
             deterministic=self.deterministic,
         )
+        if is_split:
+            out = part_of_sequence(out, self.cp_group)
         return out.flatten(2)
 
     def take_max_logits(self) -> torch.Tensor | None:

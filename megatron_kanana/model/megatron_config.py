@@ -73,6 +73,7 @@ def transformer_config(
         # Layout
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         sequence_parallel=parallel.tensor_parallel_size > 1,
+        context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline_stages if interleaved else None

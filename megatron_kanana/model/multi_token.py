@@ -7,13 +7,14 @@ in training alone, and the losses are handed over to be reported.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper, roll_tensor
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from .context_parallel import positions, sum_over_group
 from .linear_loss import LinearLossGPTModel
 from .segments import mask_within_documents
 
@@ -66,11 +67,14 @@ class MultiTokenGPTModel(LinearLossGPTModel):
         loss_mask = loss_mask.float()
         if attention_mask is not None:
             loss_mask = mask_within_documents(loss_mask, attention_mask, self.config.mtp_num_layers)
-        any_label = loss_mask[:, self.config.mtp_num_layers :].any()
+        any_label = self._labels(loss_mask) > 0
         loss_mask = torch.where(any_label, loss_mask, 1.0)
         scale = self.config.mtp_loss_scaling_factor * any_label
+        ranks = self.config.context_parallel_size
+        if loss_weight is None and ranks > 1:  # each process has a part of the mean, of one layer
+            loss_weight = 1.0 / self._labels(loss_mask)
         if loss_weight is not None:
-            scale = scale * loss_weight
+            scale = scale * loss_weight * ranks  # data parallelism averages over the parts
         with _set(
             self.config,
             mtp_loss_scaling_factor=scale,
@@ -78,8 +82,15 @@ class MultiTokenGPTModel(LinearLossGPTModel):
             calculate_per_token_loss=loss_weight is not None,
         ):
             options |= {"labels": labels, "loss_mask": loss_mask}
-            weights = [*self._masks_of_layers(loss_mask), own_loss_mask]
-            return super().forward(*inputs, gradient_weights=weights, **options)
+            masks = [*self._masks_of_layers(loss_mask)]
+            weights = [*masks, own_loss_mask]
+            with _parts_of_means(masks) if ranks > 1 else contextlib.nullcontext():
+                return super().forward(*inputs, gradient_weights=weights, **options)
+
+    def _labels(self, loss_mask: torch.Tensor) -> torch.Tensor:
+        """How many labels of all sequences count for the last layer."""
+        begins = positions(loss_mask.shape[1], loss_mask.device) >= self.config.mtp_num_layers
+        return sum_over_group((loss_mask * begins).sum())
 
     def _masks_of_layers(self, loss_mask: torch.Tensor) -> Iterator[torch.Tensor]:
         """Where each layer's labels count, as GPTModel takes them from `loss_mask`."""
@@ -97,6 +108,22 @@ class MultiTokenGPTModel(LinearLossGPTModel):
         return super().sharded_state_dict(
             prefix, sharded_offsets, ensure_metadata_has_dp_cp_group(metadata)
         )
+
+
+@contextlib.contextmanager
+def _parts_of_means(masks: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make of the losses that are kept meanwhile, means of this process, parts of all's mean.
+
+    Args:
+        masks: where this process's labels count for each layer.
+    """
+    tracker = MTPLossLoggingHelper.tracker
+    before = tracker["values"].clone() if "values" in tracker else 0.0
+    yield
+    counts = torch.stack([mask.sum() for mask in masks])
+    shares = counts / torch.stack([sum_over_group(count) for count in counts])
+    of_process = torch.where(counts > 0, tracker["values"] - before, 0.0)
+    tracker["values"] = before + of_process * shares
 
 
 def take_mtp_losses(num_microbatches: int) -> torch.Tensor | None:

@@ -13,6 +13,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
+from .context_parallel import part_of_batch, positions
+
 
 def padding_mask(segment_ids: torch.Tensor, chunk: Any) -> torch.Tensor:
     """Where there is padding, as a model chunk takes it: bool [batch, sequence or a part of it].
@@ -35,9 +37,10 @@ def mask_within_documents(
     """`loss_mask` without the labels of which a document has fewer than `distance` tokens before.
 
     Args:
-        loss_mask: [batch, sequence], one where the label of a position counts.
+        loss_mask: [batch, this process's tokens], one where the label of a position counts.
         documents: [2, batch, sequence].
         distance: how many positions before the label's the prediction is made, at least 1.
     """
-    positions = torch.arange(loss_mask.shape[1], device=loss_mask.device)
-    return torch.where(positions >= documents[0] + distance, loss_mask, 0)
+    begins_BS = part_of_batch({"begins": documents[0]})["begins"]
+    positions_S = positions(loss_mask.shape[1], loss_mask.device)
+    return torch.where(positions_S >= begins_BS + distance, loss_mask, 0)

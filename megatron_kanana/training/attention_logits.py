@@ -41,7 +41,13 @@ class AttentionLogits:
         maxima = torch.full(self._shape, float("-inf"), device=self._device)
         for attention in self._attentions:
             if (heads := attention.take_max_logits()) is not None:
-                first = parallel_state.get_tensor_model_parallel_rank() * len(heads)
+                # Local heads are dealt out over context parallelism.
+                place = (
+                    parallel_state.get_tensor_model_parallel_rank()
+                    * parallel_state.get_context_parallel_world_size()
+                    + parallel_state.get_context_parallel_rank()
+                )
+                first = place * len(heads)
                 maxima[attention.layer_number - 1, first : first + len(heads)] = heads
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         result = maxima.cpu()

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_kanana.model.context_parallel import undivided
 from megatron_kanana.model.rotary import any_number_of_tokens
 
 from .run import Model
@@ -77,7 +78,9 @@ class CachedForward:
 
         chunks = self._model.chunks
         several = len(chunks) > 1
-        with any_number_of_tokens(self._model.config):
+        config = self._model.config
+        shared_by = config.context_parallel_size
+        with any_number_of_tokens(config), undivided(chunks, config):
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[None] * len(chunks) if several else None,
@@ -87,7 +90,8 @@ class CachedForward:
                 num_microbatches=(
                     parallel_state.get_pipeline_model_parallel_world_size() if several else 1
                 ),
-                seq_length=tokens_BS.shape[1],
+                # The schedules divide it by context parallelism's size.
+                seq_length=tokens_BS.shape[1] * shared_by,
                 micro_batch_size=1,
                 forward_only=True,
                 collect_non_loss_data=True,

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_kanana.data.held_out import HeldOutText
 from megatron_kanana.data.mixed import document_segments
 from megatron_kanana.kernels.attention import documents_of
+from megatron_kanana.model.context_parallel import part_of_batch, whole_pieces
 
 from .evaluation import evaluation_mode
 from .run import Model
@@ -94,7 +95,7 @@ def held_out_loss(
                 data_iterator=iterators if several else iterators[0],
                 model=model.chunks if several else model.chunks[0],
                 num_microbatches=len(part),
-                seq_length=text.windows.shape[1],
+                seq_length=part[0][0].shape[1],
                 micro_batch_size=model.settings.schedule.micro_batch_size,
                 forward_only=True,
                 collect_non_loss_data=True,
@@ -115,14 +116,17 @@ def _batches(model: Model, text: HeldOutText) -> Iterator[tuple[torch.Tensor, to
     """This process's windows and their lengths, [micro batch, length] and [micro batch].
 
     All processes have as many, and interleaved stages need a multiple of the pipeline's depth:
-    windows of length zero, in which nothing is predicted, fill up.
+    windows of length zero, in which nothing is predicted, fill up. Windows are as long as they can
+    be cut in pieces.
     """
     micro_batch = model.settings.schedule.micro_batch_size
     ranks = parallel_state.get_data_parallel_world_size()
     together = ranks * micro_batch * _pipeline_depth()
     count = -(-len(text.windows) // together) * together
-    windows = torch.zeros(count, text.windows.shape[1], dtype=torch.int64)
-    windows[: len(text.windows)] = torch.from_numpy(text.windows)
+    pieces = whole_pieces()
+    length = -(-text.windows.shape[1] // pieces) * pieces
+    windows = torch.zeros(count, length, dtype=torch.int64)
+    windows[: len(text.windows), : text.windows.shape[1]] = torch.from_numpy(text.windows)
     lengths = torch.zeros(count, dtype=torch.int64)
     lengths[: len(text.lengths)] = torch.from_numpy(text.lengths)
     first = parallel_state.get_data_parallel_rank() * micro_batch
@@ -140,7 +144,16 @@ def _forward_step(end_of_document: int | None, iterator: Iterator[Any], chunk: A
     positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
     labels_BS = tokens_BS.roll(-1, dims=1)
     counts_BS = positions_S < (lengths_B - 1)[:, None]
-    losses_BS = chunk(tokens_BS, positions_S.expand_as(tokens_BS), documents_2BS, labels=labels_BS)
+    part = part_of_batch(
+        {
+            "tokens": tokens_BS,
+            "positions": positions_S.expand_as(tokens_BS),
+            "labels": labels_BS,
+            "counts": counts_BS,
+        }
+    )
+    counts_BS = part["counts"]
+    losses_BS = chunk(part["tokens"], part["positions"], documents_2BS, labels=part["labels"])
 
     def summed(losses_BS: torch.Tensor, *, non_loss_data: bool) -> torch.Tensor:
         return torch.where(counts_BS, losses_BS.double(), 0.0).sum()

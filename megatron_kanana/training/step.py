@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from megatron_kanana.kernels.attention import documents_of
+from megatron_kanana.model.context_parallel import part_of_batch, sum_over_group
 from megatron_kanana.model.multi_token import take_mtp_losses
 from megatron_kanana.model.segments import padding_mask
 from megatron_kanana.optimizer.update import update_weights
@@ -87,7 +88,10 @@ def train_step(run: Run, iterators: DataIterators) -> StepResult:
 def run_schedule(
     run: Run, iterators: DataIterators, num_microbatches: int, *, forward_only: bool
 ) -> list[torch.Tensor]:
-    """Run microbatches through the pipeline; each one's mean loss, on the last stage."""
+    """Run microbatches through the pipeline; each one's mean loss, on the last stage.
+
+    Under context parallelism it is this process's part, and the parts add up to the mean.
+    """
     data = run.settings.data
     several = len(run.chunks) > 1
     results = get_forward_backward_func()(
@@ -109,12 +113,13 @@ def _forward_step(run: Run, iterator: Iterator[Any] | None, chunk: Any) -> Any:
         name: tensor.to(run.device.torch_device, non_blocking=True)
         for name, tensor in next(iterator).items()
     }
-    mask, weight = batch["loss_mask"], batch.get("loss_weight")
     segment_ids = batch.get("segment_ids")
-    options, documents = {}, None
+    documents = None if segment_ids is None else documents_of(segment_ids)  # of whole sequences
+    batch = part_of_batch(batch)
+    mask, weight = batch["loss_mask"], batch.get("loss_weight")
+    options = {}
     if segment_ids is not None:
-        documents = documents_of(segment_ids)
-        options["padding_mask"] = padding_mask(segment_ids, chunk)
+        options["padding_mask"] = padding_mask(batch["segment_ids"], chunk)
     if weight is not None and run.config.mtp_num_layers:
         options["loss_weight"] = weight
     out = chunk(
@@ -131,7 +136,10 @@ def _forward_step(run: Run, iterator: Iterator[Any] | None, chunk: Any) -> Any:
 def masked_loss(
     loss_mask: torch.Tensor, weight: torch.Tensor | None, losses: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a microbatch, for the schedule and for us.
+    """Loss of a microbatch, for the schedule and for us; this process's part of it.
+
+    Parts add up over context parallelism: megatron-core's schedules multiply them by its size, and
+    its data parallelism averages over it.
 
     Args:
         loss_mask: [batch, sequence], one where a token counts.
@@ -139,7 +147,10 @@ def masked_loss(
         losses: [batch, sequence].
     """
     total = (losses.float() * loss_mask).sum()
-    loss = total / loss_mask.sum().clamp(min=1.0) if weight is None else total * weight
+    if weight is None:
+        loss = total / sum_over_group(loss_mask.sum()).clamp(min=1.0)
+    else:
+        loss = total * weight
     return loss, {"loss": loss.detach().clone()}  # the schedule divides the first in place
 
 

@@ -15,6 +15,7 @@ ADAMW_WEIGHTS_TOLERANCE = 1e-4
 """The same, of weights: AdamW divides small gradients by their own size."""
 
 TENSOR = "parallel.tensor_parallel_size=2"
+CONTEXT = "parallel.context_parallel_size=2"
 PIPELINE = "parallel.pipeline_parallel_size=2"
 PIPELINE_OF_3 = "parallel.pipeline_parallel_size=3"
 COUNT_EMBEDDINGS = "parallel.embeddings_count_as_layers=true"
@@ -37,6 +38,8 @@ LAYOUTS: Layouts = {
     "PP2 with 2 virtual stages": (2, (PIPELINE, VIRTUAL)),
     "PP3 of unequal stages": (3, (PIPELINE_OF_3, COUNT_EMBEDDINGS)),
     "EP2": (2, (EXPERT,)),
+    "CP2": (2, (CONTEXT,)),
+    "CP2 x EP2": (2, (CONTEXT, EXPERT)),
     "DP2 with the distributed optimizer": (2, ()),
     "DP2 with overlapped reduction": (2, (OVERLAP,)),
     "expert-TP2 with TP2": (2, (TENSOR, EXPERT_TENSOR)),
@@ -44,6 +47,7 @@ LAYOUTS: Layouts = {
     "TP2 x PP2": (4, (TENSOR, PIPELINE)),
     "TP2 x EP2": (2, (TENSOR, EXPERT)),
     "PP2 x EP2": (4, (PIPELINE, EXPERT)),
+    "TP2 x CP2": (4, (TENSOR, CONTEXT)),
     "EP4 with TP2": (4, (TENSOR, "parallel.expert_parallel_size=4")),
     "EP2 x expert-TP2 with TP2": (4, (TENSOR, EXPERT, EXPERT_TENSOR)),
     "full recomputation": (1, (RECOMPUTE,)),
@@ -55,6 +59,7 @@ MUON_LAYOUTS: Layouts = {
     "PP2": (2, (PIPELINE,)),
     "EP2": (2, (EXPERT,)),
     "DP2": (2, ()),
+    "CP2": (2, (CONTEXT,)),
     "TP2 x EP2": (2, (TENSOR, EXPERT)),
     "expert-TP2 with DP2": (2, (EXPERT_TENSOR,)),
     "DP2 x PP2": (4, (PIPELINE,)),

@@ -15,9 +15,10 @@ from tests.launch import CONFIG_DIR, run_python, train, train_in_turn
 
 STEPS, MIDDLE = 4, 2
 TENSOR = "parallel.tensor_parallel_size=2"
+CONTEXT = "parallel.context_parallel_size=2"
 PIPELINE = "parallel.pipeline_parallel_size=2"
 EXPERT = "parallel.expert_parallel_size=2"
-LAYOUTS = {"TP2": (TENSOR,), "PP2": (PIPELINE,), "EP2 x DP2": (EXPERT,)}
+LAYOUTS = {"TP2": (TENSOR,), "CP2": (CONTEXT,), "PP2": (PIPELINE,), "EP2 x DP2": (EXPERT,)}
 Records = list[dict[str, Any]]
 
 

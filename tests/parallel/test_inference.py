@@ -26,6 +26,7 @@ MODEL_VOCABULARY, PADDED_VOCABULARY = 3000, 3072  # the tokenizer has 2048
 
 LAYOUTS = {
     "TP2": ["parallel.tensor_parallel_size=2"],
+    "CP2": ["parallel.context_parallel_size=2"],
     "PP2": ["parallel.pipeline_parallel_size=2"],
     "PP2 with 2 virtual stages": [
         "parallel.pipeline_parallel_size=2",

@@ -13,6 +13,7 @@ from tests.launch import free_ports, run_python
 TOLERANCE = 1e-5  # relative
 
 TENSOR = "parallel.tensor_parallel_size=2"
+CONTEXT = "parallel.context_parallel_size=2"
 PIPELINE = "parallel.pipeline_parallel_size=2"
 VIRTUAL = "parallel.virtual_pipeline_stages=2"
 EXPERT = "parallel.expert_parallel_size=2"
@@ -25,6 +26,7 @@ LAYOUTS = {
     "full recomputation": (1, [RECOMPUTE]),
     "plain attention": (1, [PLAIN]),
     "TP2": (2, [TENSOR]),
+    "CP2": (2, [CONTEXT]),
     "PP2": (2, [PIPELINE]),
     "PP2 with 2 virtual stages": (2, [PIPELINE, VIRTUAL]),
     "EP2 x DP2": (2, [EXPERT]),

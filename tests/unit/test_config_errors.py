@@ -143,7 +143,8 @@ def test_all_problems_are_told_together(answer: Answer) -> None:
         "optimizer.beta1",
         "precision.compute",
         "parallel.tensor_parallel_size",
-        "parallel.tensor_parallel_size x parallel.pipeline_parallel_size",
+        "parallel.tensor_parallel_size x parallel.context_parallel_size"
+        " x parallel.pipeline_parallel_size",
         "data.tokenizer",
     ):
         assert f"\n  {setting} = " in message, message

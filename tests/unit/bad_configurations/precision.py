@@ -209,6 +209,13 @@ PRECISION = {
         "set kernels.deterministic=false, or choose torch or auto",
         CUDA_MACHINE,
     ),
+    "GPU kernel of rotary embeddings for parts of sequences": Bad(
+        ("kernels.rope_backend=triton", "parallel.context_parallel_size=2"),
+        "kernels.rope_backend",
+        "triton",
+        "choose torch or auto",
+        dataclasses.replace(CUDA_MACHINE, world_size=2),
+    ),
     "GPU kernels of norms on a CPU": Bad(
         ("kernels.norm_backend=csrc",), "kernels.norm_backend", "csrc", "choose torch or auto"
     ),

@@ -120,6 +120,39 @@ SIZES = {
         "choose one of 1, 2, 3, 6",
         world(4),
     ),
+    "sequence that cannot be cut in two pieces for each process of CP": Bad(
+        ("parallel.context_parallel_size=2", "data.sequence_length=126"),
+        "parallel.context_parallel_size",
+        "2",
+        "choose a length that is a multiple of 4",
+        world(2),
+    ),
+    "heads that TP x CP does not divide": Bad(
+        (
+            "parallel.context_parallel_size=4",
+            "parallel.tensor_parallel_size=2",
+            "data.sequence_length=128",
+        ),
+        "parallel.context_parallel_size",
+        "4",
+        "choose one of 1, 2",
+        world(8),
+    ),
+    "CP with two layers of multi-token prediction": Bad(
+        ("parallel.context_parallel_size=2", "model.num_mtp_layers=2"),
+        "parallel.context_parallel_size",
+        "2",
+        "model.num_mtp_layers to 0 or 1",
+        world(2),
+    ),
+    "processes that TP x CP x PP does not divide": Bad(
+        ("parallel.context_parallel_size=2",),
+        "parallel.tensor_parallel_size x parallel.context_parallel_size"
+        " x parallel.pipeline_parallel_size",
+        "2",
+        "start a multiple of 2 processes",
+        world(3),
+    ),
     "layers that PP does not divide": Bad(
         ("parallel.pipeline_parallel_size=3",),
         "parallel.pipeline_parallel_size x parallel.virtual_pipeline_stages",
@@ -162,7 +195,8 @@ SIZES = {
     ),
     "TP x PP against the world": Bad(
         ("parallel=tensor_pipeline",),
-        "parallel.tensor_parallel_size x parallel.pipeline_parallel_size",
+        "parallel.tensor_parallel_size x parallel.context_parallel_size"
+        " x parallel.pipeline_parallel_size",
         "4",
         "start a multiple of 4 processes",
         world(2),
