@@ -36,7 +36,7 @@ from .turns import Clock
 from .version_cases import ANOTHER_ORDER, CPU_CASES, CPU_SIZES, GPU_CASES, GPU_SIZES, Case
 
 QUIET = ("checkpoint.save_interval=0", "logging.tensorboard=false", "logging.report=false")
-KERNELS = ("kernels", "linear layers", "rotary embeddings")
+KERNELS = ("kernels", "linear layers", "rotary embeddings", "norms")
 """How lines of a run's log begin that say what computes."""
 
 
