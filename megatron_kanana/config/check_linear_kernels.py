@@ -38,18 +38,13 @@ def check_rope_kernels(settings: Settings, environment: Environment) -> Iterator
     backend = settings.kernels.rope_backend
     if backend != "triton":
         return
-    name, remedy = "kernels.rope_backend", "choose torch or auto"
-    device = resolve_device(settings.device, environment)
-    if device == "cpu":
-        yield Problem(name, backend, "is for CUDA devices", remedy)
-    elif resolve_precision(settings.precision.compute, device) == "fp32":
-        reason = "is for bf16, not precision.compute = fp32"
-        yield Problem(name, backend, reason, f"set precision.compute=bf16, or {remedy}")
+    name = "kernels.rope_backend"
+    yield from _check_bf16_on_gpus(settings, environment, name, backend, "CUDA devices")
     if settings.kernels.deterministic:
         reason = "sums over heads in an order that is chosen by timing"
-        yield Problem(name, backend, reason, f"set kernels.deterministic=false, or {remedy}")
+        yield Problem(name, backend, reason, f"set kernels.deterministic=false, or {_OTHERS}")
     for limit in fused_rope_limits_passed(settings):
-        yield Problem(name, backend, f"takes {limit}", remedy)
+        yield Problem(name, backend, f"takes {limit}", _OTHERS)
 
 
 def check_norm_kernels(settings: Settings, environment: Environment) -> Iterator[Problem]:
@@ -57,15 +52,24 @@ def check_norm_kernels(settings: Settings, environment: Environment) -> Iterator
     backend = settings.kernels.norm_backend
     if backend != "csrc":
         return
-    name, remedy = "kernels.norm_backend", "choose torch or auto"
-    device = resolve_device(settings.device, environment)
-    if device == "cpu":
-        yield Problem(name, backend, "is for Hopper GPUs", remedy)
-    elif resolve_precision(settings.precision.compute, device) == "fp32":
-        reason = "is for bf16, not precision.compute = fp32"
-        yield Problem(name, backend, reason, f"set precision.compute=bf16, or {remedy}")
+    name = "kernels.norm_backend"
+    yield from _check_bf16_on_gpus(settings, environment, name, backend, "Hopper GPUs")
     if not environment.has_native_library:
-        build = "run pip install --no-build-isolation -e . or choose torch or auto"
+        build = f"run pip install --no-build-isolation -e . or {_OTHERS}"
         yield Problem(name, backend, "the compiled operations are not built", build)
     for limit in norm_limits_passed(settings):
-        yield Problem(name, backend, f"takes {limit}", remedy)
+        yield Problem(name, backend, f"takes {limit}", _OTHERS)
+
+
+_OTHERS = "choose torch or auto"
+
+
+def _check_bf16_on_gpus(
+    settings: Settings, environment: Environment, name: str, backend: str, devices: str
+) -> Iterator[Problem]:
+    device = resolve_device(settings.device, environment)
+    if device == "cpu":
+        yield Problem(name, backend, f"is for {devices}", _OTHERS)
+    elif resolve_precision(settings.precision.compute, device) == "fp32":
+        reason = "is for bf16, not precision.compute = fp32"
+        yield Problem(name, backend, reason, f"set precision.compute=bf16, or {_OTHERS}")
