@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "elements.cuh"
 #include "embedding.h"
 #include "sm90_launch.h"
 #include "sm90_primitives.cuh"
@@ -43,13 +44,9 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     if (!any) break;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const uint32_t packed[4] = {rows[i].x, rows[i].y, rows[i].z, rows[i].w};
+      const Elements<true> row(rows[i]);
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const float2 values = sm90::unpack_bf16(packed[pair]);
-        sums[2 * pair] += values.x;
-        sums[2 * pair + 1] += values.y;
-      }
+      for (int each = 0; each < 8; ++each) sums[each] += row.values[each];
     }
   }
 #pragma unroll

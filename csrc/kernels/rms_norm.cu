@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "elements.cuh"
 #include "rms_norm.h"
 #include "sm90_launch.h"
 #include "sm90_primitives.cuh"
@@ -18,24 +19,7 @@ constexpr int kThreads = 256;  // of a block
 constexpr int kBlocksOfAProcessor = 2;
 constexpr int kSummedRows = 8;  // of gain_parts at once
 
-struct Eight {
-  float values[8];
-
-  __device__ __forceinline__ explicit Eight(uint4 loaded) {
-    const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      const float2 pair = sm90::unpack_bf16(words[word]);
-      values[2 * word] = pair.x;
-      values[2 * word + 1] = pair.y;
-    }
-  }
-
-  __device__ __forceinline__ uint4 packed() const {
-    return {sm90::pack_bf16(values[0], values[1]), sm90::pack_bf16(values[2], values[3]),
-            sm90::pack_bf16(values[4], values[5]), sm90::pack_bf16(values[6], values[7])};
-  }
-};
+using Eight = Elements<true>;
 
 // kGroup threads hold a row, kParts times eight numbers each.
 template <int kGroup_, int kParts_>
