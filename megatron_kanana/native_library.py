@@ -23,6 +23,10 @@ HOPPER_MAX_EXPERTS_OF_A_TOKEN = 32
 HOPPER_MAX_EXPERT_GROUPS = 32
 """The CUDA kernels of routing take as many (csrc/kernels/moe.h)."""
 
+HOPPER_NORM_WIDTH_UNIT, HOPPER_MAX_NORM_WIDTH = 8, 16384
+"""The CUDA kernels of norms and of the embedding's gradient take multiples of the first, up to the
+second (csrc/kernels/rms_norm.h); bf16 only."""
+
 
 def hopper_has_expert_widths(hidden_size: int, width: int) -> bool:
     """Whether the CUDA kernels of experts take a hidden size and a width of an expert."""

@@ -136,7 +136,7 @@ def check_context(settings: Settings) -> Iterator[Problem]:
     name, parts = "parallel.context_parallel_size", parallel.context_parallel_size
     if parts == 1:
         return
-    pieces = 2 * parts * parallel.tensor_parallel_size
+    pieces = parallel.sequence_pieces
     if settings.data.sequence_length % pieces:
         yield Problem(
             name,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .schema import Settings
+from megatron_kanana.native_library import HOPPER_MAX_NORM_WIDTH, HOPPER_NORM_WIDTH_UNIT
 
-WIDTH_UNIT, MAX_WIDTH = 8, 16384
-"""As in csrc/kernels/rms_norm.h."""
+from .schema import Settings
 
 
 def norm_limits_passed(settings: Settings) -> Iterator[str]:
     """What of the settings the kernels do not take, as '… a multiple of 8, not …'."""
-    model = settings.model
+    model, unit, most = settings.model, HOPPER_NORM_WIDTH_UNIT, HOPPER_MAX_NORM_WIDTH
     widths = {
         "model.hidden_size": model.hidden_size,
-        "model.q_lora_rank": model.q_lora_rank or WIDTH_UNIT,
+        "model.q_lora_rank": model.q_lora_rank or unit,
         "model.kv_lora_rank": model.kv_lora_rank,
     }
     for name, width in widths.items():
-        if width % WIDTH_UNIT or width > MAX_WIDTH:
-            yield f"{name} that is a multiple of {WIDTH_UNIT} up to {MAX_WIDTH}, not {width}"
+        if width % unit or width > most:
+            yield f"{name} that is a multiple of {unit} up to {most}, not {width}"

@@ -165,6 +165,13 @@ class ParallelSettings:
         """Processes that work on the same samples."""
         return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
 
+    @property
+    def sequence_pieces(self) -> int:
+        """Pieces that context parallelism cuts sequences into, over tensor parallelism as well."""
+        if self.context_parallel_size == 1:
+            return 1
+        return 2 * self.context_parallel_size * self.tensor_parallel_size
+
 
 PARAMETER_KINDS = (*DENSE_WEIGHTS, "router", "embedding", "output_layer")
 """Kinds of weights in the table of `optimizer/logical_matrices.py`."""

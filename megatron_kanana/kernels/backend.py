@@ -10,7 +10,7 @@ import torch
 
 from megatron_kanana.native_library import HOPPER_ATTENTION_WIDTHS
 
-from .native import has_operation_for, native_library_error
+from .native import has_operation_for, hopper_error, native_library_error
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ def _csrc_error(device_type: str, dtype: torch.dtype, widths: tuple[int, int]) -
     if (error := native_library_error()) is not None:
         return error
     if device_type == "cuda":
-        if torch.cuda.get_device_capability() != (9, 0):
-            return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
+        if (error := hopper_error()) is not None:
+            return error
         if dtype != torch.bfloat16:
             return f"the CUDA kernels compute in bfloat16, not {dtype}"
         if widths not in HOPPER_ATTENTION_WIDTHS:

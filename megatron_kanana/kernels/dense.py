@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from .choice import backend_or_torch
-from .native import has_operation_for, native_library_error
+from .native import has_operation_for, hopper_error, native_library_error
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ def _transformer_engine_error(device_type: str, dtype: torch.dtype) -> str | Non
 def _norm_error(device_type: str, dtype: torch.dtype, limits_passed: Iterable[str]) -> str | None:
     if device_type != "cuda":
         return "the kernels are for Hopper GPUs"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
+    if (error := hopper_error()) is not None:
+        return error
     if dtype != torch.bfloat16:
         return f"the kernels compute in bfloat16, not {dtype}"
     if (error := native_library_error()) is None and not has_operation_for(

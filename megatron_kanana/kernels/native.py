@@ -34,6 +34,13 @@ def load_native_operations(setting: str = "kernels.backend") -> None:
         raise RuntimeError(f"{setting} = csrc: {error}; or set {setting}=auto")
 
 
+def hopper_error() -> str | None:
+    """Why CUDA kernels for Hopper cannot run on the current device; None if they can."""
+    if torch.cuda.get_device_capability() == (9, 0):
+        return None
+    return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
+
+
 def has_operation_for(operation: str, dispatch_key: str) -> bool:
     """Whether the loaded library holds the operation for 'CPU' or 'CUDA'."""
     return hasattr(torch.ops.megatron_kanana, operation) and bool(

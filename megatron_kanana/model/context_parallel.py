@@ -22,14 +22,6 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 
-def whole_pieces() -> int:
-    """What the length of sequences is a multiple of: 1 without context parallelism."""
-    ranks = parallel_state.get_context_parallel_world_size()
-    if ranks == 1:
-        return 1
-    return int(2 * ranks * parallel_state.get_tensor_model_parallel_world_size())
-
-
 def part_of_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """This process's part of tensors [batch, sequence], others as they are."""
     whole = {name: tensor for name, tensor in batch.items() if tensor.dim() == 2}

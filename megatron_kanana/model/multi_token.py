@@ -7,7 +7,7 @@ in training alone, and the losses are handed over to be reported.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,12 +67,16 @@ class MultiTokenGPTModel(LinearLossGPTModel):
         loss_mask = loss_mask.float()
         if attention_mask is not None:
             loss_mask = mask_within_documents(loss_mask, attention_mask, self.config.mtp_num_layers)
-        any_label = self._labels(loss_mask) > 0
+        ranks, ahead = self.config.context_parallel_size, self.config.mtp_num_layers
+        begins_S = positions(loss_mask.shape[1], loss_mask.device) >= ahead
+        count = sum_over_group((loss_mask * begins_S).sum())  # of the last layer's labels
+        any_label = count > 0
         loss_mask = torch.where(any_label, loss_mask, 1.0)
         scale = self.config.mtp_loss_scaling_factor * any_label
-        ranks = self.config.context_parallel_size
-        if loss_weight is None and ranks > 1:  # each process has a part of the mean, of one layer
-            loss_weight = 1.0 / self._labels(loss_mask)
+        if ranks > 1:  # each process has a part of the mean, of one layer
+            everywhere = len(loss_mask) * (ranks * loss_mask.shape[1] - ahead)
+            count = torch.where(any_label, count, everywhere)
+            loss_weight = 1.0 / count if loss_weight is None else loss_weight
         if loss_weight is not None:
             scale = scale * loss_weight * ranks  # data parallelism averages over the parts
         with _set(
@@ -84,13 +88,8 @@ class MultiTokenGPTModel(LinearLossGPTModel):
             options |= {"labels": labels, "loss_mask": loss_mask}
             masks = [*self._masks_of_layers(loss_mask)]
             weights = [*masks, own_loss_mask]
-            with _parts_of_means(masks) if ranks > 1 else contextlib.nullcontext():
+            with _part_of_mean(masks[-1], count) if ranks > 1 else contextlib.nullcontext():
                 return super().forward(*inputs, gradient_weights=weights, **options)
-
-    def _labels(self, loss_mask: torch.Tensor) -> torch.Tensor:
-        """How many labels of all sequences count for the last layer."""
-        begins = positions(loss_mask.shape[1], loss_mask.device) >= self.config.mtp_num_layers
-        return sum_over_group((loss_mask * begins).sum())
 
     def _masks_of_layers(self, loss_mask: torch.Tensor) -> Iterator[torch.Tensor]:
         """Where each layer's labels count, as GPTModel takes them from `loss_mask`."""
@@ -111,19 +110,19 @@ class MultiTokenGPTModel(LinearLossGPTModel):
 
 
 @contextlib.contextmanager
-def _parts_of_means(masks: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Make of the losses that are kept meanwhile, means of this process, parts of all's mean.
+def _part_of_mean(loss_mask: torch.Tensor, count: torch.Tensor) -> Iterator[None]:
+    """Make of the loss that is kept meanwhile, a mean of this process, its part of all's mean.
 
     Args:
-        masks: where this process's labels count for each layer.
+        loss_mask: where labels of this process count.
+        count: labels of all processes that do.
     """
     tracker = MTPLossLoggingHelper.tracker
     before = tracker["values"].clone() if "values" in tracker else 0.0
     yield
-    counts = torch.stack([mask.sum() for mask in masks])
-    shares = counts / torch.stack([sum_over_group(count) for count in counts])
-    of_process = torch.where(counts > 0, tracker["values"] - before, 0.0)
-    tracker["values"] = before + of_process * shares
+    own_count = loss_mask.sum()
+    of_process = torch.where(own_count > 0, tracker["values"] - before, 0.0)
+    tracker["values"] = before + of_process * own_count / count
 
 
 def take_mtp_losses(num_microbatches: int) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_kanana.data.held_out import HeldOutText
 from megatron_kanana.data.mixed import document_segments
 from megatron_kanana.kernels.attention import documents_of
-from megatron_kanana.model.context_parallel import part_of_batch, whole_pieces
+from megatron_kanana.model.context_parallel import part_of_batch
 
 from .evaluation import evaluation_mode
 from .run import Model
@@ -123,7 +123,7 @@ def _batches(model: Model, text: HeldOutText) -> Iterator[tuple[torch.Tensor, to
     ranks = parallel_state.get_data_parallel_world_size()
     together = ranks * micro_batch * _pipeline_depth()
     count = -(-len(text.windows) // together) * together
-    pieces = whole_pieces()
+    pieces = model.settings.parallel.sequence_pieces
     length = -(-text.windows.shape[1] // pieces) * pieces
     windows = torch.zeros(count, length, dtype=torch.int64)
     windows[: len(text.windows), : text.windows.shape[1]] = torch.from_numpy(text.windows)

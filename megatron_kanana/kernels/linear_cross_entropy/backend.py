@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from ..choice import backend_or_torch
-from ..native import has_operation_for, native_library_error
+from ..native import has_operation_for, hopper_error, native_library_error
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +34,8 @@ def choose_loss_backend(requested: str, device_type: str) -> str:
 def _csrc_error(device_type: str) -> str | None:
     if (error := native_library_error()) is not None:
         return error
-    if device_type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
+    if device_type == "cuda" and (error := hopper_error()) is not None:
+        return error
     if not has_operation_for("cross_entropy_statistics", device_type.upper()):
         return f"the compiled operations have no losses for {device_type} (build them again)"
     return None
