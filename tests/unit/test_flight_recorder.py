@@ -351,6 +351,14 @@ def pair_over_gloo() -> list[Any]:
     return groups
 
 
+def ended_over_gloo() -> Recorded:
+    """What is recorded once nothing is pending: gloo's threads note an end after it is seen."""
+    end = time.monotonic() + 30
+    while (found := recorded("gloo")).pending is not None and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
 def test_an_operation_of_gloo_that_was_started_before_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -360,6 +368,7 @@ def test_an_operation_of_gloo_that_was_started_before_is_named(
     tensor = torch.ones(3, 5)
     for work in [group.allreduce([torch.ones(7)]) for group in (first, second)]:
         work.wait()
+    assert ended_over_gloo().pending is None
     work = first.allreduce([tensor])
 
     def wait() -> None:
@@ -383,7 +392,7 @@ def test_an_operation_of_gloo_that_was_started_before_is_named(
 
     second.allreduce([torch.ones(3, 5)]).wait()
     main.join()
-    found = recorded("gloo")
+    found = ended_over_gloo()
     assert found.pending is None
     assert found.last is not None
     assert (found.last.name, found.last.tensor) == ("gloo:all_reduce", "[3, 5]")
