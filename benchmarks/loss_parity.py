@@ -152,7 +152,7 @@ def gradient_rows(bench: Bench, batches: Batches) -> list[Row]:
         bench.shared.zero_gradients()
         try:
             for batch in batches.draw(0):
-                contender.forward_backward([iter([batch])])
+                contender.forward_backward(iter([batch]))
         except Exception as error:  # whatever a peer raises, the others run
             del bench.contenders[name]
             bench.notes.append(f"not run: {name}: {reason(error)}")
@@ -218,7 +218,7 @@ def train(
         shared.zero_gradients()
         contender.chunks[0].set_is_first_microbatch()
         of_step = [
-            contender.forward_backward([iter([batch])]) for batch in batches.draw(step, order)
+            contender.forward_backward(iter([batch]))[0] for batch in batches.draw(step, order)
         ]
         factor = learning_rate_factor(step, options.steps)
         optimizer.param_groups[0]["lr"] = options.learning_rate * factor

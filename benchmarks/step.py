@@ -75,11 +75,13 @@ def measure(
     bench.set_size(sequences, length)
     if not bench.contenders:
         return [], bench.notes[first_notes:]
-    label = f"{sequences} x {length}"
+    size = label = f"{sequences} x {length}"
+    if options.microbatches > 1:
+        label = f"{options.microbatches} microbatches of {size}"
     losses = bench.losses()
     memory = bench.activation_memory()
     times = bench.times(options.rounds, options.repeats)
-    rows = time_rows(label, times, memory, bench.flops())
+    rows = time_rows(label, times, memory, bench.flops(), bench.tokens())
     profiles: dict[str, StepProfile] = bench.profiles(label, options.profile, options.kernels)
     rows += component_rows(label, profiles)
     rows += loss_rows(label, losses)
@@ -88,7 +90,7 @@ def measure(
         for name, (parameter, difference) in bench.gradient_differences().items():
             rows.append(Row(f"{label}, {name}: largest difference of a gradient", "", difference))
             notes.append(f"{label}, {name}: gradients differ by {difference:.2e} ({parameter})")
-    notes += verdicts(label, times, memory, profiles)
+    notes += verdicts(size, label, times, memory, profiles)
     host = {name: statistics.median(seconds) for name, seconds in bench.host_times().items()}
     for name, seconds in host.items():
         rows.append(Row(f"{label}, {name}: host's part of a step", "ms", 1000 * seconds))

@@ -44,7 +44,10 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="kanana_2_30b_a3b", help="of which a slice is taken")
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--sequences", type=int, default=2, help="of a step")
+    parser.add_argument("--sequences", type=int, default=2, help="of a microbatch")
+    parser.add_argument(
+        "--microbatches", type=int, default=1, help="of a step: fp8 weights are made once in it"
+    )
     parser.add_argument("--sequence-length", type=int, default=4096)
     add_settings(parser)
 
@@ -139,7 +142,8 @@ class Bench:
         batch = next(self._microbatches)
         found = {}
         for name, contender in self.contenders.items():
-            found[name] = float(contender.forward_backward([iter([batch])]))
+            (loss,) = contender.forward_backward(iter([batch]))
+            found[name] = float(loss)
         return found
 
     def gradient_differences(self) -> dict[str, tuple[str, float]]:
@@ -154,7 +158,7 @@ class Bench:
         for name, contender in self.contenders.items():
             assert self.shared is not None
             self.shared.zero_gradients()
-            contender.forward_backward([iter([batch])])
+            contender.forward_backward(iter([batch]))
             gradients = {each: g.cpu() for each, g in self.shared.gradients().items()}
             first = first or gradients
             differences = {
@@ -214,16 +218,22 @@ class Bench:
             found[name] = profile_steps(partial(self._step, name), PROFILED_STEPS, trace, table)
         return found
 
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        settings = next(iter(self.contenders.values())).settings
+        sequences = settings.schedule.micro_batch_size * self._options.microbatches
+        tokens: int = sequences * settings.data.sequence_length
+        return tokens
+
     def flops(self) -> float:
         """Floating point operations of a step."""
         settings = next(iter(self.contenders.values())).settings
         length = settings.data.sequence_length
         architecture = Architecture.of(settings.model)
-        tokens = settings.schedule.micro_batch_size * length
-        return flops_per_token(architecture, length, with_mtp=False) * tokens
+        return flops_per_token(architecture, length, with_mtp=False) * self.tokens()
 
     def _step(self, name: str) -> None:
-        self.contenders[name].forward_backward([self._microbatches])
+        self.contenders[name].forward_backward(self._microbatches, self._options.microbatches)
 
     def _device(self) -> torch.device:
         return self._process.device.torch_device if self._process else torch.device("cpu")

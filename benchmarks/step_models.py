@@ -44,13 +44,14 @@ class Contender:
     config: Any
     chunks: list[Any]
 
-    def forward_backward(self, iterators: list[Iterator[dict[str, torch.Tensor]]]) -> torch.Tensor:
-        """One microbatch forward and backward through megatron-core's schedule; its loss."""
+    def forward_backward(
+        self, batches: Iterator[dict[str, torch.Tensor]], microbatches: int = 1
+    ) -> list[torch.Tensor]:
+        """A step's forward and backward passes through megatron-core's schedule; the losses."""
         from megatron_kanana.training.step import run_schedule
 
         run: Any = self  # of which the schedule reads what this has
-        (loss,) = run_schedule(run, iterators, 1, forward_only=False)
-        return loss
+        return run_schedule(run, [batches], microbatches, forward_only=False)
 
 
 class SharedParameters:

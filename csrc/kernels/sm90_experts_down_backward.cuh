@@ -130,7 +130,9 @@ class DownBackward {
     if (threadIdx.x % kWarpgroup == 0 && holds_) {
       bulk_wait_read();
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) barrier_arrive(&empty[stages_[piece]]);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        barrier_arrive(&empty[stages_[piece]], kWarpgroup);
+      }
     }
     holds_ = false;
   }

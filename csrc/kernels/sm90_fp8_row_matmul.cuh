@@ -31,58 +31,54 @@ struct Fp8RowMatmulArguments : RowMatmulArguments<Epilogue> {
   Scales scales;
 };
 
-template <bool kGather_, int kStages_, class Epilogue_>
-struct Fp8RowMatmul : RowMatmul<kGather_, false, kStages_, Epilogue_> {
-  using Arguments = Fp8RowMatmulArguments<Epilogue_>;
-  static constexpr int kParts = Epilogue_::kColumns / kScaledColumns;
-};
-
-// The scales of a thread's two rows, and of the weights for each part of the tile's columns.
-template <class Matmul>
-class TileScales {
+// Copies a stage's scales: of 128 rows, and of the weights for each part of a tile's columns. The
+// multiplying warpgroups would wait for memory with each new block of the summed dimension.
+template <class Epilogue>
+class LoadedScales {
  public:
-  static constexpr int kParts = Matmul::kParts;
+  static constexpr bool kCopied = true;
+  static constexpr int kParts = Epilogue::kColumns / kScaledColumns;
 
-  __device__ __forceinline__ TileScales(const typename Matmul::Arguments& arguments,
-                                        const RowTile& tile, int first_row, int valid_rows)
+  template <int kStages>
+  struct Shared {
+    float rows[kStages][kTileRows];
+    float weights[kStages][kParts];
+  };
+
+  // `row`: where this thread's row of A lies.
+  __device__ LoadedScales(const Fp8RowMatmulArguments<Epilogue>& arguments, const RowTile& tile,
+                          int row)
       : depth_stride_(arguments.scales.depth_stride) {
     const Scales& scales = arguments.scales;
-    const int own_row = threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + min(own_row + 8 * half, valid_rows - 1);
-      const int source =
-          Matmul::kGather ? arguments.gathered.token(arguments.gathered.slot(row)) : row;
-      rows_[half] = scales.rows + int64_t(source) * scales.blocks;
-    }
-    const int first = tile.column_tile * Matmul::Epilogue::kColumnStep / kScaledColumns;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int column = min(first + part * scales.second_part, scales.column_blocks - 1);
-      weights_[part] =
+    row_ = scales.rows + int64_t(row) * scales.blocks;
+    const int thread = threadIdx.x % kWarpgroup;
+    if (thread < kParts) {
+      const int first = tile.column_tile * Epilogue::kColumnStep / kScaledColumns;
+      const int column = min(first + thread * scales.second_part, scales.column_blocks - 1);
+      weights_ =
           scales.weights + tile.expert * scales.expert_stride + column * scales.column_stride;
     }
   }
 
-  __device__ __forceinline__ void load(int block) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) row_scales_[half] = __ldg(rows_[half] + block);
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      weight_scales_[part] = __ldg(weights_[part] + block * depth_stride_);
+  template <int kStages>
+  __device__ __forceinline__ void copy(Shared<kStages>& shared, int stage, int block) const {
+    const int thread = threadIdx.x % kWarpgroup;
+    copy_4_bytes(shared_address(&shared.rows[stage][thread]), row_ + block);
+    if (thread < kParts) {
+      copy_4_bytes(shared_address(&shared.weights[stage][thread]),
+                   weights_ + block * depth_stride_);
     }
   }
 
-  // Of what was loaded last.
-  __device__ __forceinline__ float of(int half, int part) const {
-    return row_scales_[half] * weight_scales_[part];
-  }
-
  private:
-  const float* rows_[2];
-  const float* weights_[kParts];
-  float row_scales_[2], weight_scales_[kParts];
+  const float *row_, *weights_ = nullptr;
   const int depth_stride_;
+};
+
+template <bool kGather_, int kStages_, class Epilogue_>
+struct Fp8RowMatmul : RowMatmul<kGather_, false, kStages_, Epilogue_, LoadedScales<Epilogue_>> {
+  using Arguments = Fp8RowMatmulArguments<Epilogue_>;
+  static constexpr int kParts = LoadedScales<Epilogue_>::kParts;
 };
 
 // By a warpgroup, of 64 rows.
@@ -91,38 +87,31 @@ __device__ void multiply_fp8_tiles(const typename Matmul::Arguments& arguments,
                                    typename Matmul::Shared& shared, int warpgroup) {
   using Epilogue = typename Matmul::Epilogue;
   constexpr int kParts = Matmul::kParts;
-  const bool leader = threadIdx.x % kWarpgroup == 0;
   const int steps = arguments.depth / kDepth;
   Ring<Matmul::kStages> ring;
   Epilogue epilogue(arguments.epilogue, shared.epilogue[warpgroup], warpgroup);
-  RowTiles tiles(arguments.groups, shared.first_tile, arguments.column_tiles);
-  for (RowTile tile; tiles.next(tile);) {
+  // The upper of a thread's two rows of the tile.
+  const int row = 64 * warpgroup + threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
+  for (TileReader<Matmul> reader; reader.next(shared, ring);) {
+    const RowTile& tile = reader.tile;
     const int first_row = tile.first_row + 64 * warpgroup;
     const int valid_rows = min(64, tile.end_row - first_row);
     if (valid_rows <= 0) {
       if constexpr (Epilogue::kLoadedStages > 0) epilogue.free_stages(shared.empty);
       for (int step = 0; step < steps + Epilogue::kLoadedStages; ++step, ring.advance()) {
         barrier_wait(&shared.full[ring.stage], ring.parity);
-        named_sync(1 + warpgroup, kWarpgroup);
-        if (leader) barrier_arrive(&shared.empty[ring.stage]);
+        barrier_arrive(&shared.empty[ring.stage]);
       }
       continue;
     }
-    TileScales<Matmul> scales(arguments, tile, first_row, valid_rows);
-    scales.load(0);
     epilogue.begin(tile, first_row, valid_rows);
     float sums[Matmul::kColumns / 2];
 #pragma unroll
     for (float& sum : sums) sum = 0.0f;
     for (int step = 0; step < steps; ++step, ring.advance()) {
-      float factors[kParts][2];
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        factors[part][0] = scales.of(0, part);
-        factors[part][1] = scales.of(1, part);
-      }
-      if (step + 1 < steps) scales.load(step + 1);
       barrier_wait(&shared.full[ring.stage], ring.parity);
+      const float* row_scales = shared.scales.rows[ring.stage] + row;
+      const float* weight_scales = shared.scales.weights[ring.stage];
       // Threads' copies are ordinary writes, the tensor cores' reads are not.
       if constexpr (Matmul::kGather) fence_shared_for_async();
       const uint64_t a = descriptor<Swizzle::k128>(
@@ -130,6 +119,8 @@ __device__ void multiply_fp8_tiles(const typename Matmul::Arguments& arguments,
       const uint64_t b = descriptor<Swizzle::k128>(shared_address(shared.stages[ring.stage].b));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
+        const float factors[2] = {row_scales[0] * weight_scales[part],
+                                  row_scales[8] * weight_scales[part]};
         float partial[kScaledColumns / 2];
         wgmma_fence();
 #pragma unroll
@@ -143,10 +134,10 @@ __device__ void multiply_fp8_tiles(const typename Matmul::Arguments& arguments,
         }
         wgmma_wait<0>();
         hold(partial);
-        if (part == kParts - 1 && leader) barrier_arrive(&shared.empty[ring.stage]);
+        if (part == kParts - 1) barrier_arrive(&shared.empty[ring.stage]);
 #pragma unroll
         for (int i = 0; i < kScaledColumns / 2; ++i) {
-          sums[part * kScaledColumns / 2 + i] += partial[i] * factors[part][i / 2 % 2];
+          sums[part * kScaledColumns / 2 + i] += partial[i] * factors[i / 2 % 2];
         }
       }
     }
@@ -165,7 +156,7 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Matmul::Shared*>(memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
-  prepare_row_matmul<Matmul>(arguments, shared);
+  prepare_row_matmul<Matmul>(shared);
   if (warpgroup == 0) {
     give_registers<40>();
     load_row_matmul<Matmul>(arguments, shared);

@@ -3,7 +3,8 @@
 //
 // A block holds 128 rows and kColumns columns. One warpgroup loads, two of 64 rows each multiply
 // (wgmma). Rows of A lie in order, and come by the bulk copy engine, or are gathered by the tokens
-// they belong to, and come by 16-byte copies of single threads. Blocks are persistent.
+// they belong to, and come by 16-byte copies of single threads. Blocks are persistent. The loading
+// warpgroup alone finds out what the tiles are; the others read it from the stages.
 #pragma once
 
 #include "moe.h"
@@ -44,20 +45,39 @@ struct RowMatmulArguments {
   typename Epilogue::Arguments epilogue;
 };
 
+// Of numbers that are what they are.
+struct NoScales {
+  static constexpr bool kCopied = false;
+  template <int kStages>
+  struct Shared {};
+  template <class Arguments>
+  __device__ NoScales(const Arguments&, const RowTile&, int) {}
+  template <class Shared>
+  __device__ __forceinline__ void copy(Shared&, int, int) const {}
+};
+
 // kGather: whether rows of A are gathered. kTransposeB: whether the summed dimension is that of B's
 // rows. Epilogue: what is done with a tile of D. It may have the loader fill kLoadedStages stages
-// more for a tile, which it frees itself.
-template <bool kGather_, bool kTransposeB_, int kStages_, class Epilogue_>
+// more for a tile, which it frees itself. LoadedScales: of A and B, which the loading warpgroup's
+// threads copy, each those of one of A's rows.
+template <bool kGather_, bool kTransposeB_, int kStages_, class Epilogue_,
+          class LoadedScales_ = NoScales>
 struct RowMatmul {
   static constexpr bool kGather = kGather_;
   static constexpr bool kTransposeB = kTransposeB_;
   static constexpr int kStages = kStages_;
   using Epilogue = Epilogue_;
+  using LoadedScales = LoadedScales_;
   using Arguments = RowMatmulArguments<Epilogue>;
+  // Whether threads copy, and not the copy engine alone.
+  static constexpr bool kThreadsCopy = kGather || LoadedScales::kCopied;
   static constexpr int kColumns = Epilogue::kColumns;
   static constexpr int kThreads = 3 * kWarpgroup;
   static constexpr int kBytesA = kTileRows * kDepth * 2;
   static constexpr int kBytesB = kColumns * kDepth * 2;
+  // Being multiplied, and at most as many as there are stages being loaded.
+  static constexpr int kTiles = kStages + 1;
+  static_assert(Epilogue::kLoadedStages < kStages);
 
   struct Shared {
     struct Stage {
@@ -65,8 +85,9 @@ struct RowMatmul {
       uint8_t b[kBytesB];
     } stages[kStages];
     typename Epilogue::Shared epilogue[2];
+    typename LoadedScales::template Shared<kStages> scales;
     uint64_t full[kStages], empty[kStages];
-    int first_tile[kMaxExperts + 1];
+    RowTile tiles[kTiles];
   };
   static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -94,24 +115,83 @@ __device__ __forceinline__ void load_b(const typename Matmul::Arguments& argumen
   }
 }
 
-// By a warp, of which one thread loads.
+// The row whose scales this thread copies. Rows of other experts are not stored; any will do that
+// can be read.
+__device__ __forceinline__ int own_row(const RowTile& tile) {
+  return min(tile.first_row + int(threadIdx.x % kWarpgroup), tile.end_row - 1);
+}
+
+// Tells the multiplying warpgroups of tiles, before their first stages.
+template <class Matmul>
+class TileWriter {
+ public:
+  __device__ __forceinline__ void write(typename Matmul::Shared& shared, const RowTile& tile) {
+    if (threadIdx.x % kWarpgroup == 0) shared.tiles[turn_] = tile;
+    if (++turn_ == Matmul::kTiles) turn_ = 0;
+  }
+
+  // There is none any more.
+  __device__ __forceinline__ void end(typename Matmul::Shared& shared,
+                                      const Ring<Matmul::kStages>& ring) {
+    write(shared, {.expert = kNoExpert});
+    barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+    uint64_t* full = &shared.full[ring.stage];
+    if (threadIdx.x % kWarpgroup == 0) barrier_arrive(full);
+    if constexpr (Matmul::kThreadsCopy) barrier_arrive(full);
+  }
+
+ private:
+  static constexpr int kNoExpert = -1;
+  int turn_ = 0;
+};
+
+template <class Matmul>
+class TileReader {
+ public:
+  RowTile tile;
+
+  // By a warp. The tile's first stage is there afterwards.
+  __device__ __forceinline__ bool next(typename Matmul::Shared& shared,
+                                       const Ring<Matmul::kStages>& ring) {
+    barrier_wait(&shared.full[ring.stage], ring.parity);
+    const RowTile read = shared.tiles[turn_];
+    if (++turn_ == Matmul::kTiles) turn_ = 0;
+    // The same in all threads of a warp, which the compiler has to be told.
+    tile.expert = __shfl_sync(~0u, read.expert, 0);
+    tile.first_row = __shfl_sync(~0u, read.first_row, 0);
+    tile.end_row = __shfl_sync(~0u, read.end_row, 0);
+    tile.column_tile = __shfl_sync(~0u, read.column_tile, 0);
+    return tile.expert >= 0;
+  }
+
+ private:
+  int turn_ = 0;
+};
+
+// By a warpgroup where threads copy, else by a warp.
 template <class Matmul>
 __device__ void load_tiles(const typename Matmul::Arguments& arguments,
                            typename Matmul::Shared& shared) {
   Ring<Matmul::kStages> ring;
-  RowTiles tiles(arguments.groups, shared.first_tile, arguments.column_tiles);
+  TileWriter<Matmul> writer;
+  RowTiles tiles(arguments.groups, arguments.column_tiles);
   for (RowTile tile; tiles.next(tile);) {
+    writer.write(shared, tile);
+    const typename Matmul::LoadedScales scales(arguments, tile, own_row(tile));
     for (int depth = 0; depth < arguments.depth; depth += kDepth, ring.advance()) {
       barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-      if (threadIdx.x % kWarp == 0) {
-        barrier_expect(&shared.full[ring.stage], Matmul::kBytesA + Matmul::kBytesB);
-        load_box(shared.stages[ring.stage].a, &arguments.a, &shared.full[ring.stage], depth,
-                 tile.first_row, 0);
+      uint64_t* full = &shared.full[ring.stage];
+      if (threadIdx.x % kWarpgroup == 0) {
+        barrier_expect(full, Matmul::kBytesA + Matmul::kBytesB);
+        load_box(shared.stages[ring.stage].a, &arguments.a, full, depth, tile.first_row, 0);
         load_b<Matmul>(arguments, shared, ring.stage, tile, depth);
       }
       __syncwarp();
+      scales.copy(shared.scales, ring.stage, depth / kDepth);
+      if constexpr (Matmul::kThreadsCopy) barrier_arrive_after_copies(full);
     }
   }
+  writer.end(shared, ring);
 }
 
 // By a warpgroup: eight threads copy the 128 bytes of a row, each thread a part of eight rows.
@@ -124,25 +204,28 @@ __device__ void gather_tiles(const typename Matmul::Arguments& arguments,
   const int row = thread / 8, part = thread % 8;
   const uint32_t place = row * 128 + ((part ^ (row % 8)) * 16);
   Ring<Matmul::kStages> ring;
-  RowTiles tiles(arguments.groups, shared.first_tile, arguments.column_tiles);
+  TileWriter<Matmul> writer;
+  RowTiles tiles(arguments.groups, arguments.column_tiles);
   RowTile tile, next;
   bool more = tiles.next(next);
-  int slots[kPasses];
+  int slots[kPasses], own_slot = 0;
   const auto find_slots = [&] {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      // Rows of other experts are not stored; any will do that can be read.
       slots[pass] = rows.slot(min(next.first_row + 16 * pass + row, next.end_row - 1));
     }
+    if constexpr (Matmul::LoadedScales::kCopied) own_slot = rows.slot(own_row(next));
   };
   if (more) find_slots();
   while (more) {
     tile = next;
+    writer.write(shared, tile);
     const uint4* sources[kPasses];
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       sources[pass] = reinterpret_cast<const uint4*>(rows.row(rows.token(slots[pass]))) + part;
     }
+    const typename Matmul::LoadedScales scales(arguments, tile, rows.token(own_slot));
     more = tiles.next(next);
     if (more) find_slots();  // while this tile's rows are on their way
     for (int depth = 0; depth < arguments.depth; depth += kDepth, ring.advance()) {
@@ -156,6 +239,7 @@ __device__ void gather_tiles(const typename Matmul::Arguments& arguments,
       for (int pass = 0; pass < kPasses; ++pass) {
         copy_16_bytes(a + pass * 16 * 128, sources[pass] + depth / 8);
       }
+      scales.copy(shared.scales, ring.stage, depth / kDepth);
       barrier_arrive_after_copies(&shared.full[ring.stage]);
     }
     if constexpr (Matmul::Epilogue::kLoadedStages > 0) {
@@ -169,6 +253,7 @@ __device__ void gather_tiles(const typename Matmul::Arguments& arguments,
       }
     }
   }
+  writer.end(shared, ring);
 }
 
 // By a warpgroup, of 64 rows.
@@ -177,21 +262,18 @@ __device__ void multiply_tiles(const typename Matmul::Arguments& arguments,
                                typename Matmul::Shared& shared, int warpgroup) {
   using Epilogue = typename Matmul::Epilogue;
   constexpr int kStages = Matmul::kStages;
-  const bool leader = threadIdx.x % kWarpgroup == 0;
   const int steps = arguments.depth / kDepth;
   Ring<kStages> ring;
   Epilogue epilogue(arguments.epilogue, shared.epilogue[warpgroup], warpgroup);
-  RowTiles tiles(arguments.groups, shared.first_tile, arguments.column_tiles);
-  for (RowTile tile; tiles.next(tile);) {
+  for (TileReader<Matmul> reader; reader.next(shared, ring);) {
+    const RowTile& tile = reader.tile;
     const int first_row = tile.first_row + 64 * warpgroup;
     const int valid_rows = min(64, tile.end_row - first_row);
     if (valid_rows <= 0) {
       if constexpr (Epilogue::kLoadedStages > 0) epilogue.free_stages(shared.empty);
       for (int step = 0; step < steps + Epilogue::kLoadedStages; ++step, ring.advance()) {
         barrier_wait(&shared.full[ring.stage], ring.parity);
-        // No warp may fall behind by the phases of a whole ring, which it could not tell apart.
-        named_sync(1 + warpgroup, kWarpgroup);
-        if (leader) barrier_arrive(&shared.empty[ring.stage]);
+        barrier_arrive(&shared.empty[ring.stage]);
       }
       continue;
     }
@@ -219,13 +301,13 @@ __device__ void multiply_tiles(const typename Matmul::Arguments& arguments,
       }
       wgmma_wait<1>();
       if (step > 0) {
-        if (leader) barrier_arrive(&shared.empty[released]);
+        barrier_arrive(&shared.empty[released]);
         released = ring.stage;
       }
     }
     wgmma_wait<0>();
     hold(sums);
-    if (leader) barrier_arrive(&shared.empty[released]);
+    barrier_arrive(&shared.empty[released]);
     if constexpr (Epilogue::kLoadedStages > 0) {
       epilogue.finish(sums, tile, first_row, valid_rows, shared, ring);
     } else {
@@ -235,20 +317,15 @@ __device__ void multiply_tiles(const typename Matmul::Arguments& arguments,
   epilogue.end();
 }
 
-// Barriers and numbers of tiles; all threads synchronise in it.
+// All threads synchronise in it.
 template <class Matmul>
-__device__ __forceinline__ void prepare_row_matmul(const typename Matmul::Arguments& arguments,
-                                                   typename Matmul::Shared& shared) {
-  if (threadIdx.x < kWarp) {
-    if (threadIdx.x == 0) {
-      for (int stage = 0; stage < Matmul::kStages; ++stage) {
-        barrier_init(&shared.full[stage], Matmul::kGather ? kWarpgroup + 1 : 1);
-        barrier_init(&shared.empty[stage], 2);
-      }
-      barrier_init_fence();
+__device__ __forceinline__ void prepare_row_matmul(typename Matmul::Shared& shared) {
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Matmul::kStages; ++stage) {
+      barrier_init(&shared.full[stage], Matmul::kThreadsCopy ? kWarpgroup + 1 : 1);
+      barrier_init(&shared.empty[stage], 2 * kWarpgroup);  // every thread, since each reads
     }
-    __syncwarp();
-    count_row_tiles(arguments.groups, shared.first_tile);
+    barrier_init_fence();
   }
   __syncthreads();
 }
@@ -259,7 +336,7 @@ __device__ __forceinline__ void load_row_matmul(const typename Matmul::Arguments
                                                 typename Matmul::Shared& shared) {
   if constexpr (Matmul::kGather) {
     gather_tiles<Matmul>(arguments, shared);
-  } else if (threadIdx.x < kWarp) {
+  } else if (Matmul::kThreadsCopy || threadIdx.x < kWarp) {
     load_tiles<Matmul>(arguments, shared);
   }
 }
@@ -270,7 +347,7 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Matmul::Shared*>(memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
-  prepare_row_matmul<Matmul>(arguments, shared);
+  prepare_row_matmul<Matmul>(shared);
   if (warpgroup == 0) {
     give_registers<40>();
     load_row_matmul<Matmul>(arguments, shared);

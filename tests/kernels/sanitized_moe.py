@@ -1,4 +1,4 @@
-"""Routing and experts at small shapes, for compute-sanitizer to watch: each load."""
+"""Routing and experts at small shapes, in bf16 and fp8, for compute-sanitizer to watch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_kanana.kernels.moe import (
     route,
     routed_experts,
 )
+from megatron_kanana.kernels.moe.fp8 import gated_mlp_fp8, quantize_weights, routed_experts_fp8
 
 from .moe_reference import Sizes, random_inputs
 
@@ -22,6 +23,11 @@ CASES = [
     (Sizes(257, 1, 2, 256, 128), "one expert"),
     (Sizes(1, 6, 16, 64, 64), "uniform"),
     (Sizes(0, 2, 4, 64, 64), "uniform"),
+]
+FP8_CASES = [
+    (Sizes(150, 4, 8, 128, 128), "Zipf"),
+    (Sizes(257, 2, 3, 256, 384), "half empty"),
+    (Sizes(1, 4, 8, 384, 128), "uniform"),
 ]
 
 
@@ -56,6 +62,25 @@ def main() -> None:
             found.sum().backward()
         torch.cuda.synchronize()
         assert out.isfinite().all()
+    for sizes, load in FP8_CASES:
+        run_in_fp8(sizes, load)
+
+
+def run_in_fp8(sizes: Sizes, load: str) -> None:
+    """Forward and backward of the experts in fp8."""
+    inputs = random_inputs(sizes, load, dtype=torch.bfloat16)
+    hidden_states, weights, gate_up, down = (
+        tensor.cuda().requires_grad_()
+        for tensor in (inputs.hidden_states, inputs.weights, inputs.gate_up, inputs.down)
+    )
+    permutation = permutation_of(inputs.chosen.cuda(), sizes.experts, inputs.rows, backend="csrc")
+    copies = [quantize_weights(weight) for weight in (gate_up, down)]
+    out = routed_experts_fp8(hidden_states, weights, permutation, gate_up, down, *copies)
+    copies = [quantize_weights(weight[:1]) for weight in (gate_up, down)]
+    out = out + gated_mlp_fp8(hidden_states, gate_up[0], down[0], *copies)
+    out.backward(inputs.grad_out.cuda())
+    torch.cuda.synchronize()
+    assert out.isfinite().all()
 
 
 if __name__ == "__main__":
