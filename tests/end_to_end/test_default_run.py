@@ -42,6 +42,7 @@ def default_run(folder: Path, device: str, processes: int) -> DefaultRun:
         f"data.cache_dir={folder / 'data'}",
         processes=processes,
         timeout=400,
+        anew=True,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return DefaultRun(folder, finished)

@@ -68,7 +68,8 @@ def test_a_run_killed_twenty_times_writes_what_an_undisturbed_one_does(
     (tmp_path / "undisturbed").mkdir()
     (tmp_path / "killed").mkdir()
     start = time.monotonic()
-    finished = run_python(*arguments, f"--output={tmp_path / 'undisturbed/out'}", "--workers=2")
+    whole = (*arguments, f"--output={tmp_path / 'undisturbed/out'}", "--workers=2")
+    finished = run_python(*whole, anew=True)
     seconds = time.monotonic() - start
     assert finished.returncode == 0, finished.stderr
     undisturbed = contents(tmp_path / "undisturbed" / "out")

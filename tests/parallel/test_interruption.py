@@ -83,6 +83,7 @@ def test_the_launcher_outlives_a_signal_restarts_what_died_and_passes_the_last_s
     finished = run_python(
         *("-m", "megatron_kanana.cluster.launch", "--standalone", "--nproc-per-node=1"),
         *("--max-restarts=5", str(script)),
+        anew=True,
     )
     assert finished.returncode == 85, finished.stderr
     assert "rank 0 ended with SIGKILL; all start again" in finished.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,15 +75,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def without_compiler(folder: Path) -> Iterator[Path]:
+    """The same folder; nothing can be compiled from now on, and nothing is compiled already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "no_compiler")
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
+        yield folder
+
+
 @pytest.mark.parametrize("patch", PATCHES)
-def test_training_fails_without(
-    patch: str, folder: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "no_compiler")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+def test_training_fails_without(patch: str, without_compiler: Path, cache_dir: Path) -> None:
     overrides = ONLY_WITH.get(patch, ())
-    finished = go_on_without(patch, folder, cache_dir, overrides)
+    finished = go_on_without(patch, without_compiler, cache_dir, overrides)
     assert finished.returncode != 0
     assert "Error" in finished.stderr
-    checkpoints = folder / run_name(patch, overrides) / "checkpoints"
+    checkpoints = without_compiler / run_name(patch, overrides) / "checkpoints"
     assert not (checkpoints / "step_00000002").exists()

@@ -189,6 +189,7 @@ def test_under_torchrun_one_process_speaks_and_all_end_with_code_2(tmp_path: Pat
         "parallel=tensor_pipeline",
         f"output_dir={tmp_path}",
         processes=2,
+        anew=True,
     )
     assert finished.returncode != 0
     assert finished.stderr.count("nothing was started") == 1
