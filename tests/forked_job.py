@@ -41,7 +41,7 @@ class Python:
             text=True,
         )
         self.number = 0
-        atexit.register(self._server.kill)
+        atexit.register(self.end)
 
     def start(
         self, arguments: Sequence[str], environment: Mapping[str, str], stdout: Path, stderr: Path
@@ -61,6 +61,11 @@ class Python:
     def wait(self) -> int:
         """Wait for the program's end; its exit status."""
         return self._answer()
+
+    def end(self) -> None:
+        """There are no more programs to run."""
+        self._server.kill()
+        self._server.wait()
 
     def _answer(self) -> int:
         assert self._server.stdout is not None
