@@ -10,6 +10,7 @@ parameter whose gradient is None just the same; but with overlapped reductions t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,8 +35,14 @@ def gradient_to_return(parameter: torch.Tensor, buffer: torch.Tensor) -> torch.T
         return buffer.to(parameter.dtype)
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     if parameter.grad is None:
-        parameter.grad = parameter.new_zeros(()).expand(parameter.shape)
+        parameter.grad = _zero(parameter.dtype, parameter.device).expand(parameter.shape)
     return None
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One for all parameters: nobody writes to it, and making it is a launch."""
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def collects_gradient(parameter: torch.Tensor) -> torch.Tensor:

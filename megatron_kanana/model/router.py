@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -139,8 +140,9 @@ class Router(TopKRouter):
             num_experts_per_token=self.topk,
             backend=self.backend,
         )
-        sequence_T = torch.arange(len(choice_TK), device=choice_TK.device) % batch_size
-        choice_TK = (choice_TK + self.num_experts * sequence_T[:, None]).int()
+        choice_TK = choice_TK + _first_experts_of_sequences(
+            len(choice_TK), batch_size, self.num_experts, choice_TK.device
+        )
         counts = logits_TX.new_zeros(batch_size * self.num_experts)
         count_tokens(choice_TK, counts, padding_T, backend=self.backend)
         num_tokens: torch.Tensor | int = len(choice_TK) // batch_size
@@ -163,3 +165,12 @@ class Router(TopKRouter):
             valid_token_count=num_tokens,
         )
         return result
+
+
+@functools.lru_cache(maxsize=8)
+def _first_experts_of_sequences(
+    tokens: int, batch_size: int, num_experts: int, device: torch.device
+) -> torch.Tensor:
+    """What numbers experts apart for each sequence, int32 [tokens, 1]; the same in every layer."""
+    sequence_T = torch.arange(tokens, device=device, dtype=torch.int32) % batch_size
+    return (num_experts * sequence_T)[:, None]
