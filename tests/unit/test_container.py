@@ -135,7 +135,11 @@ def test_a_wheel_of_the_package_is_installed_and_passes_the_check(tmp_path: Path
         run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     )
     (purelib / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    printed = run(project / SCRIPT, "--to", environment, "project", "check", OMP_NUM_THREADS="1")
+    sources = {path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*")}
+    assert sources == {path.relative_to(project / "csrc") for path in project.glob("csrc/**/*")}
+    # tests/kernels/test_cuda_sources.py compiles those for GPUs, which takes minutes.
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_HOME": str(tmp_path / "none")}
+    printed = run(project / SCRIPT, "--to", environment, "project", "check", **variables)
     assert "run_name: kanana_2_tiny" in printed
     assert "with CUDA" in printed
     where = "import megatron_kanana, pathlib; print(pathlib.Path(megatron_kanana.__file__).parent)"
