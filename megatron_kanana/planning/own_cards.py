@@ -28,7 +28,6 @@ PRECISIONS = {
     "bf16": frozenset[str](),
     "fp8_blockwise": ALL_FP8 - {"key_value_down", "key_value_up", EXPERTS},
     "fp8_blockwise_experts": ALL_FP8 - {"key_value_down", "key_value_up"},
-    "all in fp8": ALL_FP8,
 }
 """What the groups of `precision` have in fp8."""
 PARTS = ("norms", "up_projections")
@@ -135,11 +134,19 @@ def _source(card: str) -> str:
 OURS: Sequence[Observation] = (
     *of_calibration("h200"),
     *of_calibration("h100"),
-    # Memory of these three was measured with two chunks of logits where there is one now.
+    # Memory of the first was measured with two chunks of logits where there is one now.
     *_of_step("step_2x4096_h100", "h100", 10, 2, "bf16", "bf16", "none")[:1],
-    *_of_step("step_8x4096_h200", "h200", 10, 8, "bf16", "bf16", "none")[:1],
-    # The card's note: experts are in fp8 there, too; and so were keys' and values' weights.
-    *_of_step("step_8x4096_h200", "h200", 10, 8, "fp8_blockwise", "all in fp8", "none")[:1],
+    *_of_step("step_10_layers_2x4096_h200", "h200", 10, 2, "bf16", "bf16", "none"),
+    *_of_step("step_10_layers_recompute_h200", "h200", 10, 2, "bf16", "bf16", "parts"),
+    *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "bf16", "bf16", "none"),
+    *_of_step(
+        *("step_10_layers_8x4096_h200", "h200", 10, 8),
+        *("fp8_blockwise_experts", "fp8_blockwise_experts", "none"),
+    ),
+    *_of_step(
+        *("step_8_layers_fp8_h100", "h100", 8, 8),
+        *("fp8_blockwise_experts", "fp8_blockwise_experts", "none"),
+    ),
     *_of_step("step_8_layers_h100", "h100", 8, 2, "bf16", "bf16", "none"),
     *_of_step("step_8_layers_h100", "h100", 8, 8, "bf16", "bf16", "none"),
     *_of_step("step_8_layers_recompute_h100", "h100", 8, 2, "bf16", "bf16", "parts"),
