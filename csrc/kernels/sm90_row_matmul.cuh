@@ -4,7 +4,7 @@
 // A block holds 128 rows and kColumns columns. One warpgroup loads, two of 64 rows each multiply
 // (wgmma). Rows of A lie in order, and come by the bulk copy engine, or are gathered by the tokens
 // they belong to, and come by 16-byte copies of single threads. Blocks are persistent. The loading
-// warpgroup alone finds out what the tiles are; the others read it from the stages.
+// warpgroup alone finds out what the tiles are, and tells the others.
 #pragma once
 
 #include "moe.h"
