@@ -17,6 +17,7 @@ import sys
 from megatron_kanana.config import ConfigurationError, detect_environment, load_settings, tell
 from megatron_kanana.config.exit_status import CANNOT_SAVE, STOPPED
 from megatron_kanana.config.help import settings_help
+from megatron_kanana.garbage_collection import garbage_collection_off
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,18 +36,19 @@ def main(arguments: list[str] | None = None) -> int:
     level = logging.INFO if environment.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
 
-    from megatron_kanana import device
+    with garbage_collection_off(lasting=True):
+        from megatron_kanana import device
 
-    where = device.prepare_device(settings, environment)
+        where = device.prepare_device(settings, environment)
 
-    from megatron_kanana.checkpoint.verification import CheckpointError
-    from megatron_kanana.checkpoint.writer import SaveError
-    from megatron_kanana.device.safe_unpickling import UnsafeFileError
-    from megatron_kanana.training.interruption import Interruption
-    from megatron_kanana.training.loop import train
-    from megatron_kanana.training.rollback import RunStoppedError
-    from megatron_kanana.training.run import build_run, restore
-    from megatron_kanana.training.watchdog import Watchdog
+        from megatron_kanana.checkpoint.verification import CheckpointError
+        from megatron_kanana.checkpoint.writer import SaveError
+        from megatron_kanana.device.safe_unpickling import UnsafeFileError
+        from megatron_kanana.training.interruption import Interruption
+        from megatron_kanana.training.loop import train
+        from megatron_kanana.training.rollback import RunStoppedError
+        from megatron_kanana.training.run import build_run, restore
+        from megatron_kanana.training.watchdog import Watchdog
 
     try:
         with (

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import enum
-import gc
 import io
 import os
 import pickle
@@ -22,6 +21,8 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.serialization import _get_layout
+
+from megatron_kanana.garbage_collection import garbage_collection_off
 
 RECORDS: tuple[type, ...] = (
     metadata.Metadata,
@@ -83,19 +84,15 @@ def load_metadata(stream: io.IOBase, name: str) -> Metadata:
         UnsafeFileError: it names code or files outside its folder, or is something else.
         pickle.UnpicklingError: it is damaged.
     """
-    collected = gc.isenabled()
-    gc.disable()  # which takes most of the time over millions of small objects
     try:
-        description = _Unpickler(io.BytesIO(stream.read()), name).load()
-        whole = not isinstance(description, Metadata) or _is_whole(description)
+        with garbage_collection_off():
+            description = _Unpickler(io.BytesIO(stream.read()), name).load()
+            whole = not isinstance(description, Metadata) or _is_whole(description)
     except (UnsafeFileError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle ends with errors of any class
         reason = str(error) or type(error).__name__
         raise pickle.UnpicklingError(f"{name} is damaged: {reason}") from None
-    finally:
-        if collected:
-            gc.enable()
     if not isinstance(description, Metadata):
         raise UnsafeFileError(f"{name} is not the description of a checkpoint{_REMEDY}")
     if not whole:
