@@ -69,7 +69,7 @@ class DownBackward {
     if (arguments_.weights != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + min(own_row() + 8 * half, valid_rows - 1);
+        const int row = first_row + min(accumulator_row() + 8 * half, valid_rows - 1);
         weights_[half] = __ldg(arguments_.weights + __ldg(arguments_.slot_of_row + row));
       }
     }
@@ -142,11 +142,6 @@ class DownBackward {
   }
 
  private:
-  // The upper of a thread's two rows of the warpgroup's 64.
-  __device__ __forceinline__ static int own_row() {
-    return threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
-  }
-
   __device__ __forceinline__ void differentiate(const float (&sums)[kColumns / 2], int piece,
                                                 uint8_t* const (&places)[2],
                                                 uint32_t (&activations)[4][4],
@@ -187,7 +182,7 @@ class DownBackward {
       float sum = products[half];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const int row = own_row() + 8 * half;
+      const int row = accumulator_row() + 8 * half;
       if (threadIdx.x % 4 == 0 && row < valid_rows) {
         arguments_.grad_weight_parts[int64_t(first_row + row) * arguments_.column_tiles +
                                      tile.column_tile] = sum;

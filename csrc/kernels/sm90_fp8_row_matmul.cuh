@@ -90,8 +90,7 @@ __device__ void multiply_fp8_tiles(const typename Matmul::Arguments& arguments,
   const int steps = arguments.depth / kDepth;
   Ring<Matmul::kStages> ring;
   Epilogue epilogue(arguments.epilogue, shared.epilogue[warpgroup], warpgroup);
-  // The upper of a thread's two rows of the tile.
-  const int row = 64 * warpgroup + threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
+  const int row = 64 * warpgroup + accumulator_row();  // of the tile; and row + 8
   for (TileReader<Matmul> reader; reader.next(shared, ring);) {
     const RowTile& tile = reader.tile;
     const int first_row = tile.first_row + 64 * warpgroup;

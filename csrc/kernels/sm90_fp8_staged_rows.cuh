@@ -32,7 +32,7 @@ __device__ __forceinline__ void find_scales(const float (&largest)[2], float (&i
   for (int half = 0; half < 2; ++half) {
     const float scale = scale_of(largest_of_row(largest[half]));
     inverses[half] = 1.0f / scale;
-    const int row = threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4 + 8 * half;
+    const int row = accumulator_row() + 8 * half;
     if (threadIdx.x % 4 == 0 && row < valid_rows) place[int64_t(row) * blocks] = scale;
   }
 }

@@ -7,7 +7,6 @@
 // warpgroup alone finds out what the tiles are, and tells the others.
 #pragma once
 
-#include "moe.h"
 #include "sm90_row_groups.cuh"
 
 namespace megatron_kanana::sm90 {
@@ -117,7 +116,7 @@ __device__ __forceinline__ void load_b(const typename Matmul::Arguments& argumen
 
 // The row whose scales this thread copies. Rows of other experts are not stored; any will do that
 // can be read.
-__device__ __forceinline__ int own_row(const RowTile& tile) {
+__device__ __forceinline__ int row_of_thread(const RowTile& tile) {
   return min(tile.first_row + int(threadIdx.x % kWarpgroup), tile.end_row - 1);
 }
 
@@ -177,7 +176,7 @@ __device__ void load_tiles(const typename Matmul::Arguments& arguments,
   RowTiles tiles(arguments.groups, arguments.column_tiles);
   for (RowTile tile; tiles.next(tile);) {
     writer.write(shared, tile);
-    const typename Matmul::LoadedScales scales(arguments, tile, own_row(tile));
+    const typename Matmul::LoadedScales scales(arguments, tile, row_of_thread(tile));
     for (int depth = 0; depth < arguments.depth; depth += kDepth, ring.advance()) {
       barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
       uint64_t* full = &shared.full[ring.stage];
@@ -214,7 +213,7 @@ __device__ void gather_tiles(const typename Matmul::Arguments& arguments,
     for (int pass = 0; pass < kPasses; ++pass) {
       slots[pass] = rows.slot(min(next.first_row + 16 * pass + row, next.end_row - 1));
     }
-    if constexpr (Matmul::LoadedScales::kCopied) own_slot = rows.slot(own_row(next));
+    if constexpr (Matmul::LoadedScales::kCopied) own_slot = rows.slot(row_of_thread(next));
   };
   if (more) find_slots();
   while (more) {

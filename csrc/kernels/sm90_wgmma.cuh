@@ -13,6 +13,11 @@
 
 namespace megatron_kanana::sm90 {
 
+// The upper of this thread's two rows of D.
+__device__ __forceinline__ int accumulator_row() {
+  return threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
+}
+
 enum class Swizzle : uint64_t { k128 = 1, k64 = 2 };  // bytes; the field's encoding
 
 // `chunk_stride`: bytes from one chunk of columns to the next; only transposed operands wider than
