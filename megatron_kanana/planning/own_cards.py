@@ -83,7 +83,7 @@ def of_calibration(machine: str) -> Iterator[Observation]:
 
 
 def _of_step(
-    card: str, machine: str, layers: int, sequences: int, row: str, precision: str, again: str
+    card: str, machine: str, layers: int, sequences: int, precision: str, again: str
 ) -> tuple[Observation, ...]:
     """Passes of one microbatch, and memory of their activations."""
     rows = card_rows(card)
@@ -94,7 +94,7 @@ def _of_step(
         fp8=PRECISIONS[precision],
         recompute=RECOMPUTE[again],
     )
-    setting = f"{sequences} x 4096, ours, {row}"
+    setting = f"{sequences} x 4096, ours, {precision}"
     size = f"{layers} layers, {sequences} x 4096"
     name = f"ours, {size}, {precision}, recompute {again}, {machine.upper()}"
     seconds, memory = rows.get(f"{setting}: step"), rows.get(f"{setting}: activation memory")
@@ -135,22 +135,16 @@ OURS: Sequence[Observation] = (
     *of_calibration("h200"),
     *of_calibration("h100"),
     # Memory of the first was measured with two chunks of logits where there is one now.
-    *_of_step("step_2x4096_h100", "h100", 10, 2, "bf16", "bf16", "none")[:1],
-    *_of_step("step_10_layers_2x4096_h200", "h200", 10, 2, "bf16", "bf16", "none"),
-    *_of_step("step_10_layers_recompute_h200", "h200", 10, 2, "bf16", "bf16", "parts"),
-    *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "bf16", "bf16", "none"),
-    *_of_step(
-        *("step_10_layers_8x4096_h200", "h200", 10, 8),
-        *("fp8_blockwise_experts", "fp8_blockwise_experts", "none"),
-    ),
-    *_of_step(
-        *("step_8_layers_fp8_h100", "h100", 8, 8),
-        *("fp8_blockwise_experts", "fp8_blockwise_experts", "none"),
-    ),
-    *_of_step("step_8_layers_h100", "h100", 8, 2, "bf16", "bf16", "none"),
-    *_of_step("step_8_layers_h100", "h100", 8, 8, "bf16", "bf16", "none"),
-    *_of_step("step_8_layers_recompute_h100", "h100", 8, 2, "bf16", "bf16", "parts"),
-    *_of_step("step_8_layers_recompute_h100", "h100", 8, 8, "bf16", "bf16", "parts"),
+    *_of_step("step_2x4096_h100", "h100", 10, 2, "bf16", "none")[:1],
+    *_of_step("step_10_layers_2x4096_h200", "h200", 10, 2, "bf16", "none"),
+    *_of_step("step_10_layers_recompute_h200", "h200", 10, 2, "bf16", "parts"),
+    *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "bf16", "none"),
+    *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "fp8_blockwise_experts", "none"),
+    *_of_step("step_8_layers_fp8_h100", "h100", 8, 8, "fp8_blockwise_experts", "none"),
+    *_of_step("step_8_layers_h100", "h100", 8, 2, "bf16", "none"),
+    *_of_step("step_8_layers_h100", "h100", 8, 8, "bf16", "none"),
+    *_of_step("step_8_layers_recompute_h100", "h100", 8, 2, "bf16", "parts"),
+    *_of_step("step_8_layers_recompute_h100", "h100", 8, 8, "bf16", "parts"),
     *_of_update("muon"),
     *_of_update("adamw"),
 )

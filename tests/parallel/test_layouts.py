@@ -18,7 +18,6 @@ from tests.parallel.layouts import (
 )
 
 FIRST_STEP, STEPS = 4, 5
-BATCH = "schedule.global_batch_size=4"  # each of its sequences has hundreds of messages under TP
 ONE_PROCESS = "one process"
 
 
@@ -26,7 +25,7 @@ ONE_PROCESS = "one process"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """A checkpoint of one process after a few steps, so that optimizer state is not trivial."""
     folder = tmp_path_factory.mktemp("start")
-    train(folder, cache_dir, "start", BATCH, f"stop_after_step={FIRST_STEP}")
+    train(folder, cache_dir, "start", f"stop_after_step={FIRST_STEP}")
     return folder / "start" / "checkpoints" / f"step_{FIRST_STEP:08d}"
 
 
@@ -39,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder: Path, cache_dir: Path, checkpoint: Path) -> dict[str, list[dict[str, Any]]]:
     """Records of the steps after the checkpoint, of one process and of every layout."""
-    go_on = (BATCH, f"stop_after_step={FIRST_STEP + STEPS}", f"checkpoint.load={checkpoint}")
+    go_on = (f"stop_after_step={FIRST_STEP + STEPS}", f"checkpoint.load={checkpoint}")
     layouts = {ONE_PROCESS: (1, ()), **LAYOUTS}
     records: dict[str, list[dict[str, Any]]] = {}
     for count in sorted({count for count, _ in layouts.values()}):
