@@ -29,11 +29,19 @@ void fp8_quantize_rows(const void* values, int64_t rows, int width, void* data, 
 void fp8_quantize_weights(const void* values, int experts, int rows, int columns, void* data,
                           void* transposed, float* scales, void* stream);
 
-// As experts_up_forward; activation and its scales are outputs.
+// The pre-activation as it is kept for the backward pass: bf16 [rows, 2N], or where there are
+// scales e4m3 [rows, 2N] with scales [rows, 2N / 128], in an order within each 16 columns that
+// fp8_experts_down_backward alone knows.
+struct KeptPreActivation {
+  void* data;
+  float* scales;
+};
+
+// As experts_up_forward; activation and its scales are outputs, and so is what is kept.
 void fp8_experts_up_forward(const ExpertSizes& sizes, const ExpertRows& rows,
                             const Fp8Rows& hidden_states, const Fp8Weights& gate_up,
-                            void* pre_activation, void* activation, float* activation_scales,
-                            void* stream);
+                            const KeptPreActivation& kept, void* activation,
+                            float* activation_scales, void* stream);
 
 // As experts_down_forward; out is bf16.
 void fp8_experts_down_forward(const ExpertSizes& sizes, const ExpertRows& rows,
@@ -43,10 +51,11 @@ void fp8_experts_down_forward(const ExpertSizes& sizes, const ExpertRows& rows,
 int fp8_experts_grad_weight_parts(const ExpertSizes& sizes);
 
 // As experts_down_backward, with down transposed, [E, N, D]. The gradient of the pre-activation
-// comes in bf16, for the weights' gradients, and quantised, for the rows'.
+// comes in bf16, for the weights' gradients, and quantised, for the rows'. It may take the place of
+// a pre-activation that is kept in bf16.
 void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
                                const Fp8Rows& grad_out, const Fp8Weights& down,
-                               const void* pre_activation, void* grad_pre_activation,
+                               const KeptPreActivation& kept, void* grad_pre_activation,
                                void* quantized_grad, float* grad_scales, void* weighted_activation,
                                float* grad_weight_parts, void* stream);
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -29,6 +30,13 @@ __device__ __forceinline__ uint16_t pack_e4m3(float low, float high) {
 
 __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
   return static_cast<uint32_t>(pack_e4m3(a, b)) | static_cast<uint32_t>(pack_e4m3(c, d)) << 16;
+}
+
+// Two numbers of 8 bits; every one of them is one of 16.
+__device__ __forceinline__ float2 unpack_e4m3(uint32_t packed) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(packed)));
+  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
 }
 
 }  // namespace megatron_kanana

@@ -21,8 +21,40 @@ struct NoQuantization {
   }
 };
 
+// A pre-activation in bf16, of which a stage holds 64 columns. Its gradients take its place.
+class Bf16PreActivation {
+ public:
+  struct Arguments {
+    CUtensorMap gate, up;
+  };
+  static constexpr int kLoadedColumns = kChunk;
+
+  __device__ __forceinline__ void begin(const Arguments&, int, int, int) {}
+  // Before the first gradient is written; by a warpgroup, whose named barrier comes last.
+  __device__ __forceinline__ void take(uint8_t* const (&)[2], int) {}
+
+  // 16 columns of a tile of 64: two of a thread's each, of its upper and its lower row in turns.
+  struct Pairs {
+    float2 gate[4], up[4];
+  };
+  __device__ __forceinline__ Pairs read(uint32_t gates, uint32_t ups, int, int part) const {
+    const uint32_t offset = part_address(0, part);
+    uint32_t gate[4], up[4];
+    load_matrices(gates + offset, gate[0], gate[1], gate[2], gate[3]);
+    load_matrices(ups + offset, up[0], up[1], up[2], up[3]);
+    Pairs pairs;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs.gate[i] = unpack_bf16(gate[i]);
+      pairs.up[i] = unpack_bf16(up[i]);
+    }
+    return pairs;
+  }
+};
+
 // kColumns_: of a tile. Quantization: sees the gradients, and then their tiles in shared memory.
-template <int kColumns_, class Quantization>
+// PreActivation: how it is kept.
+template <int kColumns_, class Quantization, class PreActivation = Bf16PreActivation>
 class DownBackward {
  public:
   static constexpr int kColumns = kColumns_;
@@ -30,7 +62,7 @@ class DownBackward {
   static constexpr int kPieces = kColumns / kChunk;
 
   struct Arguments {
-    CUtensorMap gate, up;  // of the pre-activation
+    typename PreActivation::Arguments pre_activation;
     StoredRows grad_gate, grad_up, activation;
     const float* weights;
     const int32_t* slot_of_row;
@@ -38,8 +70,9 @@ class DownBackward {
     int column_tiles;
     typename Quantization::Arguments quantization;
   };
-  // What the loader fills a stage with: of each warpgroup's rows, gate and up of 64 columns, whose
-  // gradients then take their place.
+  // What the loader fills a stage with: of each warpgroup's rows, gate and up, 128 bytes of each
+  // row. Gradients of 64 columns then take the place of each, in stages that nothing is loaded to
+  // as well.
   struct Piece {
     uint8_t halves[2][2][kStagedBytes];
   };
@@ -48,15 +81,20 @@ class DownBackward {
 
   __device__ static void load(const Arguments& arguments, void* stage, uint64_t* full,
                               const RowTile& tile, int piece) {
+    constexpr int kLoaded = kColumns / PreActivation::kLoadedColumns;
+    if (piece >= kLoaded) {
+      barrier_arrive(full);
+      return;
+    }
     auto& halves = static_cast<Piece*>(stage)->halves;
-    const int column = tile.column_tile * kColumns + piece * kChunk;
+    const int column = (tile.column_tile * kLoaded + piece) * kChunk;
     barrier_expect(full, sizeof(Piece));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Rows of other experts are loaded too, and come to nothing.
       const int row = tile.first_row + half * kStoredRows;
-      load_box(halves[half][0], &arguments.gate, full, column, row, 0);
-      load_box(halves[half][1], &arguments.up, full, column, row, 0);
+      load_box(halves[half][0], &arguments.pre_activation.gate, full, column, row, 0);
+      load_box(halves[half][1], &arguments.pre_activation.up, full, column, row, 0);
     }
   }
 
@@ -65,7 +103,8 @@ class DownBackward {
         warpgroup_(warpgroup),
         quantization_(arguments.quantization, shared, warpgroup) {}
 
-  __device__ __forceinline__ void begin(const RowTile&, int first_row, int valid_rows) {
+  __device__ __forceinline__ void begin(const RowTile& tile, int first_row, int valid_rows) {
+    pre_activation_.begin(arguments_.pre_activation, tile.column_tile, first_row, valid_rows);
     if (arguments_.weights != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -91,6 +130,7 @@ class DownBackward {
       places[piece][1] = halves[warpgroup_][1];
       stages_[piece] = ring.stage;
       barrier_wait(&shared.full[ring.stage], ring.parity);
+      if (piece == 0) pre_activation_.take(places[0], 1 + warpgroup_);
       differentiate(sums, piece, places[piece], activations[piece], products);
       fence_shared_for_async();
       named_sync(1 + warpgroup_, kWarpgroup);
@@ -150,15 +190,13 @@ class DownBackward {
     const uint32_t ups = shared_address(places[1]);
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      const uint32_t offset = part_address(0, part);
+      const auto pairs = pre_activation_.read(gates, ups, piece, part);
       uint32_t gate[4], up[4];
-      load_matrices(gates + offset, gate[0], gate[1], gate[2], gate[3]);
-      load_matrices(ups + offset, up[0], up[1], up[2], up[3]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i % 2;  // registers of the upper and the lower row alternate
         const float weight = weights_[half];
-        const float2 g = unpack_bf16(gate[i]), u = unpack_bf16(up[i]);
+        const float2 g = pairs.gate[i], u = pairs.up[i];
         const float first = sums[piece * 32 + part * 8 + 2 * i];
         const float second = sums[piece * 32 + part * 8 + 2 * i + 1];
         const auto x = SwigluGradient::of(g.x, u.x, weight * first);
@@ -169,6 +207,7 @@ class DownBackward {
         quantization_.note(half, {x.grad_gate, y.grad_gate}, {x.grad_up, y.grad_up});
         activations[part][i] = pack_bf16(weight * x.activation, weight * y.activation);
       }
+      const uint32_t offset = part_address(0, part);
       store_matrices(gates + offset, gate[0], gate[1], gate[2], gate[3]);
       store_matrices(ups + offset, up[0], up[1], up[2], up[3]);
     }
@@ -193,6 +232,7 @@ class DownBackward {
   const Arguments& arguments_;
   const int warpgroup_;
   Quantization quantization_;
+  PreActivation pre_activation_;
   bool holds_ = false;
   int stages_[kPieces];
   float weights_[2] = {1.0f, 1.0f};

@@ -13,7 +13,7 @@ template <bool kTransposeB>
 void launch(const ExpertSizes& sizes, const ExpertRows& rows, const void* a, int depth,
             const CUtensorMap& b, void* out, const char* name, void* stream) {
   const int width = sizes.hidden_size;
-  launch_row_matmul<RowMatmul<false, kTransposeB, 4, StoreRows>>(
+  launch_row_matmul<RowMatmul<false, kTransposeB, 3, StoreRows>>(
       {
           .a = ordered_rows_map(a, sizes.rows, depth, depth, kTileRows),
           .b = b,

@@ -13,14 +13,15 @@ class UpForward {
  public:
   static constexpr int kColumns = 256;
   static constexpr int kColumnStep = 128;
-
   static constexpr int kLoadedStages = 0;
+  static constexpr int kHalf = kColumns / 4;  // registers of the gate, and of up
+  using Staged = StagedRows<3>;
 
   struct Arguments {
     StoredRows gate, up, activation;
   };
   struct Shared {
-    uint8_t staged[2][kStagedBytes];
+    Staged::Buffers staged;
   };
 
   __device__ UpForward(const Arguments& arguments, Shared& shared, int warpgroup)
@@ -31,32 +32,41 @@ class UpForward {
   __device__ __forceinline__ void finish(const float (&sums)[kColumns / 2], const RowTile& tile,
                                          int first_row, int valid_rows) {
     const int column = tile.column_tile * kColumnStep;
-    finish_chunk<0>(sums, column, first_row, valid_rows);
-    finish_chunk<32>(sums, column + kChunk, first_row, valid_rows);
+#pragma unroll
+    for (int first = 0; first < kHalf; first += kChunk / 2) {
+      const auto write = [&](int i, uint32_t chunk) {
+        if (i < 2) {
+          stage_columns(chunk, sums, i * kHalf + first);
+        } else {
+          stage_activation(chunk, sums, first);
+        }
+      };
+      const auto store = [&](int i, const void* chunk) {
+        const StoredRows* const rows[] = {&arguments_.gate, &arguments_.up, &arguments_.activation};
+        rows[i]->store(chunk, column + 2 * first, first_row, valid_rows);
+      };
+      staged_.store(write, store);
+    }
   }
 
   __device__ __forceinline__ void end() { staged_.end(); }
 
  private:
-  template <int kFirst>
-  __device__ __forceinline__ void finish_chunk(const float (&sums)[kColumns / 2], int column,
-                                               int first_row, int valid_rows) {
-    constexpr int kUp = kColumns / 4 + kFirst;
+  static __device__ __forceinline__ void stage_activation(uint32_t chunk,
+                                                          const float (&sums)[kColumns / 2],
+                                                          int first) {
     uint32_t packed[4][4];
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
-      packed[i / 8][i / 2 % 4] = pack_bf16(swiglu(sums[kFirst + i], sums[kUp + i]),
-                                           swiglu(sums[kFirst + i + 1], sums[kUp + i + 1]));
+      const int gate = first + i, up = kHalf + gate;
+      packed[i / 8][i / 2 % 4] =
+          pack_bf16(swiglu(sums[gate], sums[up]), swiglu(sums[gate + 1], sums[up + 1]));
     }
-    staged_.store(packed, arguments_.activation, column, first_row, valid_rows);
-    pack_columns<kFirst>(sums, packed);
-    staged_.store(packed, arguments_.gate, column, first_row, valid_rows);
-    pack_columns<kUp>(sums, packed);
-    staged_.store(packed, arguments_.up, column, first_row, valid_rows);
+    stage_tile(chunk, packed);
   }
 
   const Arguments& arguments_;
-  StagedRows staged_;
+  Staged staged_;
 };
 
 }  // namespace
@@ -65,7 +75,7 @@ class UpForward {
 void experts_up_forward(const ExpertSizes& sizes, const ExpertRows& rows, const void* hidden_states,
                         const void* gate_up, void* pre_activation, void* activation, void* stream) {
   using namespace sm90;
-  using Matmul = RowMatmul<true, false, 4, UpForward>;
+  using Matmul = RowMatmul<true, false, 3, UpForward>;
   if (sizes.rows == 0) return;
   enter_device();
   const int width = sizes.width;

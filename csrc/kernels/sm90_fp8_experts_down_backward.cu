@@ -85,34 +85,67 @@ class QuantizedGradients {
   float largest_gate_[2] = {0.0f, 0.0f}, largest_up_[2] = {0.0f, 0.0f};
 };
 
-using Epilogue = DownBackward<kScaleBlock, QuantizedGradients>;
-
-}  // namespace
-}  // namespace sm90
-
-int fp8_experts_grad_weight_parts(const ExpertSizes& sizes) { return sizes.width / kScaleBlock; }
-
-void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
-                               const Fp8Rows& grad_out, const Fp8Weights& down,
-                               const void* pre_activation, void* grad_pre_activation,
-                               void* quantized_grad, float* grad_scales, void* weighted_activation,
-                               float* grad_weight_parts, void* stream) {
-  using namespace sm90;
-  using Matmul = Fp8RowMatmul<true, 5, Epilogue>;
-  if (sizes.rows == 0) return;
-  enter_device();
-  const int width = sizes.width, blocks = width / kScaleBlock;
-  const auto half_map = [&](int first_column) {
-    return ordered_rows_map(columns_from(pre_activation, first_column), sizes.rows, width,
-                            2 * width, kStoredRows);
+// A pre-activation in 8 bits: a stage holds all 128 columns of a tile, which a thread takes into
+// registers.
+class Fp8PreActivation {
+ public:
+  struct Arguments {
+    CUtensorMap gate, up;
+    const float* scales;  // [rows, 2 * blocks], those of up behind those of the gate
+    int blocks;
   };
+  static constexpr int kLoadedColumns = kScaleBlock;
+
+  __device__ __forceinline__ void begin(const Arguments& arguments, int block, int first_row,
+                                        int valid_rows) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + min(accumulator_row() + 8 * half, valid_rows - 1);
+      const float* scales = arguments.scales + int64_t(row) * 2 * arguments.blocks + block;
+      gate_scales_[half] = __ldg(scales);
+      up_scales_[half] = __ldg(scales + arguments.blocks);
+    }
+  }
+
+  __device__ __forceinline__ void take(uint8_t* const (&places)[2], int named_barrier) {
+    gate_.load(shared_address(places[0]));
+    up_.load(shared_address(places[1]));
+    named_sync(named_barrier, kWarpgroup);
+  }
+
+  __device__ __forceinline__ Bf16PreActivation::Pairs read(uint32_t, uint32_t, int piece,
+                                                           int part) const {
+    Bf16PreActivation::Pairs pairs;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 gate = gate_.at(piece * 4 + part, i / 2, i % 2);
+      const float2 up = up_.at(piece * 4 + part, i / 2, i % 2);
+      pairs.gate[i] = {gate.x * gate_scales_[i % 2], gate.y * gate_scales_[i % 2]};
+      pairs.up[i] = {up.x * up_scales_[i % 2], up.y * up_scales_[i % 2]};
+    }
+    return pairs;
+  }
+
+ private:
+  KeptRows gate_, up_;
+  float gate_scales_[2], up_scales_[2];
+};
+
+template <class PreActivation>
+void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& grad_out,
+            const Fp8Weights& down, const typename PreActivation::Arguments& pre_activation,
+            void* grad_pre_activation, void* quantized_grad, float* grad_scales,
+            void* weighted_activation, float* grad_weight_parts, void* stream) {
+  using Epilogue = DownBackward<kScaleBlock, QuantizedGradients, PreActivation>;
+  using Matmul = Fp8RowMatmul<true, 5, Epilogue>;
+  const int width = sizes.width, blocks = width / kScaleBlock;
   const auto half_rows = [&](int first_column) {
     return open_rows(columns_from(grad_pre_activation, first_column), sizes.rows, width, 2 * width);
   };
   const auto quantized_rows = [&](int first_column) {
     return open_rows(columns_from(quantized_grad, first_column / 2), sizes.rows, width / 2, width);
   };
-  Matmul::Arguments arguments;
+  typename Matmul::Arguments arguments;
   arguments.b =
       weights_map(down.data, sizes.experts, width, sizes.hidden_size / 2, Epilogue::kColumns / 2);
   arguments.gathered = gathered_fp8_rows(sizes, rows, grad_out.data);
@@ -120,8 +153,7 @@ void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
   arguments.depth = sizes.hidden_size / 2;
   arguments.column_tiles = blocks;
   arguments.second_half = Epilogue::kColumns / 2;
-  arguments.epilogue = {.gate = half_map(0),
-                        .up = half_map(width),
+  arguments.epilogue = {.pre_activation = pre_activation,
                         .grad_gate = half_rows(0),
                         .grad_up = half_rows(width),
                         .activation = open_rows(weighted_activation, sizes.rows, width, width),
@@ -135,6 +167,38 @@ void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
                                          .blocks = blocks}};
   arguments.scales = scales_of(grad_out.scales, down.scales, sizes.hidden_size, width, true);
   launch_fp8_row_matmul<Matmul>(arguments, "fp8_experts_down_backward", stream);
+}
+
+}  // namespace
+}  // namespace sm90
+
+int fp8_experts_grad_weight_parts(const ExpertSizes& sizes) { return sizes.width / kScaleBlock; }
+
+void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
+                               const Fp8Rows& grad_out, const Fp8Weights& down,
+                               const KeptPreActivation& kept, void* grad_pre_activation,
+                               void* quantized_grad, float* grad_scales, void* weighted_activation,
+                               float* grad_weight_parts, void* stream) {
+  using namespace sm90;
+  if (sizes.rows == 0) return;
+  enter_device();
+  const bool is_fp8 = kept.scales != nullptr;
+  const int width = is_fp8 ? sizes.width / 2 : sizes.width;  // as bf16
+  const auto half_map = [&](int first_column) {
+    return ordered_rows_map(columns_from(kept.data, first_column), sizes.rows, width, 2 * width,
+                            kStoredRows);
+  };
+  const auto run = [&]<class PreActivation>(const PreActivation&,
+                                            const typename PreActivation::Arguments& arguments) {
+    launch<PreActivation>(sizes, rows, grad_out, down, arguments, grad_pre_activation,
+                          quantized_grad, grad_scales, weighted_activation, grad_weight_parts,
+                          stream);
+  };
+  if (is_fp8) {
+    run(Fp8PreActivation(), {half_map(0), half_map(width), kept.scales, sizes.width / kScaleBlock});
+  } else {
+    run(Bf16PreActivation(), {half_map(0), half_map(width)});
+  }
 }
 
 }  // namespace megatron_kanana

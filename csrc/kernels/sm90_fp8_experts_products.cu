@@ -10,7 +10,7 @@ namespace {
 
 void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& a, int depth,
             const void* b, const Scales& scales, void* out, const char* name, void* stream) {
-  using Matmul = Fp8RowMatmul<false, 4, StoreRows>;
+  using Matmul = Fp8RowMatmul<false, 3, StoreRows>;
   const int width = sizes.hidden_size;
   Matmul::Arguments arguments;
   arguments.a = ordered_rows_map(a.data, sizes.rows, depth / 2, depth / 2, kTileRows);

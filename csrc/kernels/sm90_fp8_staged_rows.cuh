@@ -37,4 +37,48 @@ __device__ __forceinline__ void find_scales(const float (&largest)[2], float (&i
   }
 }
 
+// 128 columns of an accumulator, from register `first` on, each row with a scale of its own, in a
+// chunk that load_kept reads: of each 16 columns a thread has four, 2c, 2c + 1, 2c + 8 and 2c + 9
+// (see wgmma), which lie side by side.
+template <int kCount>
+__device__ __forceinline__ void stage_kept(uint32_t chunk, const float (&sums)[kCount], int first,
+                                           float* scales, int blocks, int valid_rows) {
+  float largest[2] = {0.0f, 0.0f}, inverses[2];
+#pragma unroll
+  for (int i = 0; i < kScaleBlock / 2; ++i) {
+    largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fabsf(sums[first + i]));
+  }
+  find_scales(largest, inverses, scales, blocks, valid_rows);
+  uint32_t packed[4][4];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {  // 16 columns of one of two rows
+    const float* four = sums + first + i / 2 * 8 + i % 2 * 2;
+    const float inverse = inverses[i % 2];
+    packed[i / 4][i % 4] =
+        pack_e4m3(four[0] * inverse, four[1] * inverse, four[4] * inverse, four[5] * inverse);
+  }
+  stage_tile(chunk, packed);
+}
+
+// The other way: numbers of 128 columns, still to be multiplied by their scales.
+class KeptRows {
+ public:
+  __device__ __forceinline__ void load(uint32_t chunk) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      load_matrices(chunk + part_address(0, part), numbers_[part][0], numbers_[part][1],
+                    numbers_[part][2], numbers_[part][3]);
+    }
+  }
+  // Two columns, of 16 number `sixteen`: 2c and 2c + 1, or with `second` those 8 further on; of the
+  // thread's upper row, or with `half` its lower.
+  __device__ __forceinline__ float2 at(int sixteen, int second, int half) const {
+    const uint32_t four = numbers_[sixteen / 2][sixteen % 2 * 2 + half];
+    return unpack_e4m3(second == 0 ? four & 0xFFFF : four >> 16);
+  }
+
+ private:
+  uint32_t numbers_[4][4];
+};
+
 }  // namespace megatron_kanana::sm90

@@ -33,34 +33,31 @@ struct OpenRows {
 
 using StoredRows = OpenRows<kStoredRows>;
 
-// Two buffers, one of which is written while the other is read.
+// Chunks of a warpgroup's tile, kChunks at a time: with many, its warps wait for each other less
+// often.
+template <int kChunks>
 class StagedRows {
  public:
-  __device__ StagedRows(uint8_t (&buffers)[2][kStagedBytes], int named_barrier)
+  using Buffers = uint8_t[kChunks][kStagedBytes];
+
+  __device__ StagedRows(Buffers& buffers, int named_barrier)
       : buffers_(buffers), named_barrier_(named_barrier) {}
 
-  // Writes an accumulator of 64 columns as bf16 and starts its store.
-  __device__ __forceinline__ void store(const uint32_t (&packed)[4][4], const StoredRows& rows,
-                                        int column, int first_row, int valid_rows) {
-    store([&](uint32_t tile) { stage_tile(tile, packed); }, rows, column, first_row, valid_rows);
-  }
-
-  // The same of what `write` puts at an address.
-  template <class Write>
-  __device__ __forceinline__ void store(const Write& write, const StoredRows& rows, int column,
-                                        int first_row, int valid_rows) {
+  // `write(i, address)` puts chunk i at an address, `store(i, chunk)` starts its way to memory.
+  template <class Write, class Store>
+  __device__ __forceinline__ void store(const Write& write, const Store& store) {
     const bool leader = threadIdx.x % kWarpgroup == 0;
-    uint8_t* buffer = buffers_[turn_];
-    if (leader) bulk_wait_read<1>();
+    if (leader) bulk_wait_read();
     named_sync(named_barrier_, kWarpgroup);
-    write(shared_address(buffer));
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) write(i, shared_address(buffers_[i]));
     fence_shared_for_async();
     named_sync(named_barrier_, kWarpgroup);
     if (leader) {
-      rows.store(buffer, column, first_row, valid_rows);
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) store(i, buffers_[i]);
       bulk_commit();
     }
-    turn_ ^= 1;
   }
 
   // Waits for all of them.
@@ -69,19 +66,20 @@ class StagedRows {
   }
 
  private:
-  uint8_t (&buffers_)[2][kStagedBytes];
+  Buffers& buffers_;
   const int named_barrier_;
-  int turn_ = 0;
 };
 
-// 64 columns of an accumulator, from register `kFirst` on, as bf16.
-template <int kFirst, int kCount>
-__device__ __forceinline__ void pack_columns(const float (&sums)[kCount],
-                                             uint32_t (&packed)[4][4]) {
+// 64 columns of an accumulator, from register `first` on, as bf16 in a chunk.
+template <int kCount>
+__device__ __forceinline__ void stage_columns(uint32_t chunk, const float (&sums)[kCount],
+                                              int first) {
+  uint32_t packed[4][4];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    packed[i / 4][i % 4] = pack_bf16(sums[kFirst + 2 * i], sums[kFirst + 2 * i + 1]);
+    packed[i / 4][i % 4] = pack_bf16(sums[first + 2 * i], sums[first + 2 * i + 1]);
   }
+  stage_tile(chunk, packed);
 }
 
 }  // namespace megatron_kanana::sm90

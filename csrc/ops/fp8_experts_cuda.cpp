@@ -98,6 +98,23 @@ Quantized quantize_rows(const at::Tensor& values, const char* name, void* stream
   return quantized;
 }
 
+// The pre-activation, in bf16 or quantised; without scales in the former case.
+struct Kept {
+  at::Tensor data, scales;
+
+  static Kept empty(int64_t rows, int64_t width, bool in_fp8, const at::TensorOptions& options) {
+    if (in_fp8) {
+      auto [data, scales] = Quantized::empty(rows, width, options);
+      return {data, scales};
+    }
+    return {at::empty({rows, width}, options), at::empty({0}, options.dtype(at::kFloat))};
+  }
+  bool in_fp8() const { return data.scalar_type() == kFp8; }
+  KeptPreActivation pre_activation() const {
+    return {data.mutable_data_ptr(), in_fp8() ? scales.mutable_data_ptr<float>() : nullptr};
+  }
+};
+
 struct Pass {
   ExpertSizes sizes;
   ExpertRows rows;
@@ -105,21 +122,20 @@ struct Pass {
 };
 
 // The experts' outputs [rows, hidden size], and the pre-activation.
-std::tuple<at::Tensor, at::Tensor> forward_products(const Pass& pass,
-                                                    const at::Tensor& hidden_states,
-                                                    const QuantizedExperts& experts) {
+std::tuple<at::Tensor, Kept> forward_products(const Pass& pass, const at::Tensor& hidden_states,
+                                              const QuantizedExperts& experts, bool keep_fp8) {
   const int64_t rows = pass.sizes.rows, width = pass.sizes.width;
   const auto options = hidden_states.options();
   const Quantized inputs = quantize_rows(hidden_states, "hidden_states", pass.stream);
-  at::Tensor pre_activation = at::empty({rows, 2 * width}, options);
+  const Kept kept = Kept::empty(rows, 2 * width, keep_fp8, options);
   Quantized activation = Quantized::empty(rows, width, options);
   fp8_experts_up_forward(pass.sizes, pass.rows, inputs.rows(), experts.gate_up.weights(),
-                         pre_activation.mutable_data_ptr(), activation.data.mutable_data_ptr(),
+                         kept.pre_activation(), activation.data.mutable_data_ptr(),
                          activation.scales.mutable_data_ptr<float>(), pass.stream);
   at::Tensor out_of_rows = at::empty({rows, pass.sizes.hidden_size}, options);
   fp8_experts_down_forward(pass.sizes, pass.rows, activation.rows(), experts.down.weights(),
                            out_of_rows.mutable_data_ptr(), pass.stream);
-  return {out_of_rows, pre_activation};
+  return {out_of_rows, kept};
 }
 
 struct Gradients {
@@ -127,30 +143,32 @@ struct Gradients {
   float* weight_parts;               // of the routing weights, or null
 };
 
-// The gradient of the experts' inputs, [rows, hidden size]. That of the pre-activation takes its
-// place: a tile is read before it is written, and nothing else reads it. The weights' gradients are
-// products of bf16: their time is that of adding to memory (docs/precision.md).
+// The gradient of the experts' inputs, [rows, hidden size]. That of a pre-activation in bf16 takes
+// its place: a tile is read before it is written, and nothing else reads it. The weights' gradients
+// are products of bf16: their time is that of moving operands and sums (docs/precision.md).
 at::Tensor backward_products(const Pass& pass, const at::Tensor& grad_out,
                              const at::Tensor& hidden_states, const QuantizedExperts& experts,
-                             const at::Tensor& pre_activation, const Gradients& gradients) {
+                             const Kept& kept, const Gradients& gradients) {
   const int64_t rows = pass.sizes.rows, width = pass.sizes.width;
   const auto options = hidden_states.options();
-  void* const grad_pre_activation = pre_activation.mutable_data_ptr();
+  at::Tensor grad_pre_activation =
+      kept.in_fp8() ? at::empty({rows, 2 * width}, options) : kept.data;
   at::Tensor activation = at::empty({rows, width}, options);
   Quantized grad = Quantized::empty(rows, 2 * width, options);
   {
     const Quantized grad_outs = quantize_rows(grad_out, "grad_out", pass.stream);
     fp8_experts_down_backward(pass.sizes, pass.rows, grad_outs.rows(), experts.down.weights(),
-                              aligned_data(pre_activation, "pre_activation"), grad_pre_activation,
+                              kept.pre_activation(), grad_pre_activation.mutable_data_ptr(),
                               grad.data.mutable_data_ptr(), grad.scales.mutable_data_ptr<float>(),
                               activation.mutable_data_ptr(), gradients.weight_parts, pass.stream);
   }
   experts_grad_down(pass.sizes, pass.rows, grad_out.const_data_ptr(), activation.const_data_ptr(),
                     gradient_data(gradients.down, "grad_down"), pass.stream);
   activation.reset();
-  experts_grad_gate_up(pass.sizes, pass.rows, grad_pre_activation,
+  experts_grad_gate_up(pass.sizes, pass.rows, grad_pre_activation.const_data_ptr(),
                        aligned_data(hidden_states, "hidden_states"),
                        gradient_data(gradients.gate_up, "grad_gate_up"), pass.stream);
+  grad_pre_activation.reset();
   at::Tensor grad_of_rows = at::empty({rows, pass.sizes.hidden_size}, options);
   fp8_experts_up_backward(pass.sizes, pass.rows, grad.rows(), experts.gate_up.weights(),
                           grad_of_rows.mutable_data_ptr(), pass.stream);
@@ -159,15 +177,20 @@ at::Tensor backward_products(const Pass& pass, const at::Tensor& grad_out,
 
 // What a backward pass takes beside what its forward pass took.
 void check_backward(const at::Tensor& grad_out, const at::Tensor& hidden_states,
-                    const ExpertSizes& sizes, const at::Tensor& pre_activation,
-                    at::IntArrayRef of_gate_up, const at::Tensor& grad_gate_up,
-                    at::IntArrayRef of_down, const at::Tensor& grad_down) {
+                    const ExpertSizes& sizes, const Kept& kept, at::IntArrayRef of_gate_up,
+                    const at::Tensor& grad_gate_up, at::IntArrayRef of_down,
+                    const at::Tensor& grad_down) {
   const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
                          at::ScalarType wanted) {
     check_moe_tensor(tensor, name, shape, wanted, hidden_states, "hidden_states");
   };
   check(grad_out, "grad_out", hidden_states.sizes(), at::kBFloat16);
-  check(pre_activation, "pre_activation", {sizes.rows, 2 * sizes.width}, at::kBFloat16);
+  const int64_t width = 2 * sizes.width;
+  check(kept.data, "pre_activation", {sizes.rows, width}, kept.in_fp8() ? kFp8 : at::kBFloat16);
+  aligned_data(kept.data, "pre_activation");
+  if (kept.in_fp8()) {
+    check(kept.scales, "pre_activation_scales", {sizes.rows, width / kFp8WidthUnit}, at::kFloat);
+  }
   check(grad_gate_up, "grad_gate_up", of_gate_up, at::kFloat);
   check(grad_down, "grad_down", of_down, at::kFloat);
 }
@@ -182,20 +205,21 @@ Pass routed_pass(const at::Tensor& hidden_states, const at::Tensor& weights,
           rows_of(weights, offsets, slot_of_row, row_of_slot), current_stream(hidden_states)};
 }
 
-std::tuple<at::Tensor, at::Tensor> fp8_experts_forward_cuda(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fp8_experts_forward_cuda(
     const at::Tensor& hidden_states, const at::Tensor& weights, const at::Tensor& offsets,
     const at::Tensor& slot_of_row, const at::Tensor& row_of_slot, const at::Tensor& gate_up,
-    const at::Tensor& gate_up_scales, const at::Tensor& down, const at::Tensor& down_scales) {
+    const at::Tensor& gate_up_scales, const at::Tensor& down, const at::Tensor& down_scales,
+    bool keep_fp8) {
   const Pass pass =
       routed_pass(hidden_states, weights, offsets, slot_of_row, row_of_slot, gate_up, false);
   const QuantizedExperts experts =
       check_experts(gate_up, gate_up_scales, down, down_scales, pass.sizes, false, hidden_states);
   const c10::DeviceGuard guard(hidden_states.device());
-  const auto [out_of_rows, pre_activation] = forward_products(pass, hidden_states, experts);
+  const auto [out_of_rows, kept] = forward_products(pass, hidden_states, experts, keep_fp8);
   at::Tensor out = at::empty(hidden_states.sizes(), hidden_states.options());
   experts_combine(pass.sizes, pass.rows, out_of_rows.const_data_ptr(), pass.rows.weights,
                   out.mutable_data_ptr(), pass.stream);
-  return {out, pre_activation};
+  return {out, kept.data, kept.scales};
 }
 
 std::tuple<at::Tensor, at::Tensor> fp8_experts_backward_cuda(
@@ -203,13 +227,15 @@ std::tuple<at::Tensor, at::Tensor> fp8_experts_backward_cuda(
     const at::Tensor& offsets, const at::Tensor& slot_of_row, const at::Tensor& row_of_slot,
     const at::Tensor& gate_up_transposed, const at::Tensor& gate_up_scales,
     const at::Tensor& down_transposed, const at::Tensor& down_scales,
-    const at::Tensor& pre_activation, const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
+    const at::Tensor& pre_activation, const at::Tensor& pre_activation_scales,
+    const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
   const Pass pass = routed_pass(hidden_states, weights, offsets, slot_of_row, row_of_slot,
                                 gate_up_transposed, true);
   const ExpertSizes& sizes = pass.sizes;
   const QuantizedExperts experts = check_experts(
       gate_up_transposed, gate_up_scales, down_transposed, down_scales, sizes, true, hidden_states);
-  check_backward(grad_out, hidden_states, sizes, pre_activation,
+  const Kept kept = {pre_activation, pre_activation_scales};
+  check_backward(grad_out, hidden_states, sizes, kept,
                  {sizes.experts, 2 * sizes.width, sizes.hidden_size}, grad_gate_up,
                  {sizes.experts, sizes.hidden_size, sizes.width}, grad_down);
   const c10::DeviceGuard guard(hidden_states.device());
@@ -217,7 +243,7 @@ std::tuple<at::Tensor, at::Tensor> fp8_experts_backward_cuda(
   at::Tensor parts =
       at::empty({sizes.rows, parts_of_row}, hidden_states.options().dtype(at::kFloat));
   const at::Tensor grad_of_rows =
-      backward_products(pass, grad_out, hidden_states, experts, pre_activation,
+      backward_products(pass, grad_out, hidden_states, experts, kept,
                         {grad_gate_up, grad_down, parts.mutable_data_ptr<float>()});
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
   experts_grad_weights(sizes, pass.rows, parts.const_data_ptr<float>(), parts_of_row,
@@ -237,32 +263,32 @@ Pass dense_pass(const at::Tensor& hidden_states, const at::Tensor& gate_up, bool
   return {product_sizes(hidden_states, checked), {}, current_stream(hidden_states)};
 }
 
-std::tuple<at::Tensor, at::Tensor> fp8_gated_mlp_forward_cuda(const at::Tensor& hidden_states,
-                                                              const at::Tensor& gate_up,
-                                                              const at::Tensor& gate_up_scales,
-                                                              const at::Tensor& down,
-                                                              const at::Tensor& down_scales) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fp8_gated_mlp_forward_cuda(
+    const at::Tensor& hidden_states, const at::Tensor& gate_up, const at::Tensor& gate_up_scales,
+    const at::Tensor& down, const at::Tensor& down_scales, bool keep_fp8) {
   const Pass pass = dense_pass(hidden_states, gate_up, false);
   const QuantizedExperts experts =
       check_experts(gate_up, gate_up_scales, down, down_scales, pass.sizes, false, hidden_states);
   const c10::DeviceGuard guard(hidden_states.device());
-  return forward_products(pass, hidden_states, experts);
+  const auto [out, kept] = forward_products(pass, hidden_states, experts, keep_fp8);
+  return {out, kept.data, kept.scales};
 }
 
 at::Tensor fp8_gated_mlp_backward_cuda(
     const at::Tensor& grad_out, const at::Tensor& hidden_states,
     const at::Tensor& gate_up_transposed, const at::Tensor& gate_up_scales,
     const at::Tensor& down_transposed, const at::Tensor& down_scales,
-    const at::Tensor& pre_activation, const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
+    const at::Tensor& pre_activation, const at::Tensor& pre_activation_scales,
+    const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
   const Pass pass = dense_pass(hidden_states, gate_up_transposed, true);
   const ExpertSizes& sizes = pass.sizes;
   const QuantizedExperts experts = check_experts(
       gate_up_transposed, gate_up_scales, down_transposed, down_scales, sizes, true, hidden_states);
-  check_backward(grad_out, hidden_states, sizes, pre_activation,
-                 {2 * sizes.width, sizes.hidden_size}, grad_gate_up,
-                 {sizes.hidden_size, sizes.width}, grad_down);
+  const Kept kept = {pre_activation, pre_activation_scales};
+  check_backward(grad_out, hidden_states, sizes, kept, {2 * sizes.width, sizes.hidden_size},
+                 grad_gate_up, {sizes.hidden_size, sizes.width}, grad_down);
   const c10::DeviceGuard guard(hidden_states.device());
-  return backward_products(pass, grad_out, hidden_states, experts, pre_activation,
+  return backward_products(pass, grad_out, hidden_states, experts, kept,
                            {grad_gate_up, grad_down, nullptr});
 }
 

@@ -18,6 +18,13 @@ def check_precision(settings: Settings, environment: Environment) -> Iterator[Pr
     fp8 = resolve_fp8(settings.precision.fp8, device)
     if settings.precision.experts == "fp8":
         yield from _check_experts(settings, environment)
+    elif settings.precision.kept_activations == "fp8":
+        yield Problem(
+            "precision.kept_activations",
+            "fp8",
+            f"needs precision.experts = fp8, and it is {settings.precision.experts}",
+            "set precision=fp8_blockwise_experts or precision.kept_activations=bf16",
+        )
     if fp8 == "none":
         return
     recipe = FP8_RECIPES[fp8]

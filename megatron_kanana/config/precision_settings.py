@@ -43,6 +43,13 @@ class PrecisionSettings:
         " out; read docs/precision.md before",
         choices=("bf16", "fp8"),
     )
+    kept_activations: str = setting(
+        "bf16",
+        help="format in which routed and shared experts keep gate and up for the backward pass: fp8"
+        " needs precision.experts = fp8, halves their memory, and has a scale for each 128 numbers"
+        " of a row; a CPU leaves it out",
+        choices=("bf16", "fp8"),
+    )
     bf16_layers_at_start: int = setting(
         0, help="first transformer layers that precision.fp8 leaves out", minimum=0
     )

@@ -69,8 +69,12 @@ def gpt_model(
     attention = core_attention_spec(backends.attention, settings.kernels.deterministic)
 
     def experts(in_bf16: bool) -> ExpertLayerSpec:
-        fp8 = backends.experts_fp8 and not in_bf16
-        return expert_layer_spec(settings.parallel.token_dispatcher, backends.experts, fp8=fp8)
+        return expert_layer_spec(
+            settings.parallel.token_dispatcher,
+            backends.experts,
+            fp8=backends.experts_fp8 and not in_bf16,
+            keep_fp8=settings.precision.kept_activations == "fp8",
+        )
 
     linear, norm = linear_layers(backends.linear), norm_class(backends.norm)
     return model_class(

@@ -41,6 +41,7 @@ class GroupedExperts(MegatronModule):
         config: megatron-core's; gives the sizes.
         backend: implementation (see `kernels.moe`).
         fp8: whether products are computed in fp8 (see `kernels.moe.fp8`).
+        keep_fp8: whether these then keep the pre-activation in fp8.
         pg_collection: megatron-core's process groups.
     """
 
@@ -51,12 +52,14 @@ class GroupedExperts(MegatronModule):
         *,
         backend: str,
         fp8: bool = False,
+        keep_fp8: bool = False,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.backend = backend
         self.fp8_copies = WeightCopies() if fp8 else None
+        self.keep_fp8 = keep_fp8
         self.is_first_microbatch = True
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp
@@ -104,7 +107,7 @@ class GroupedExperts(MegatronModule):
         if self.fp8_copies is None:
             return routed_experts(*inputs, backend=self.backend), None
         copies = self.fp8_copies.for_forward(self, (self.gate_up, self.down))
-        return routed_experts_fp8(*inputs, *copies), None
+        return routed_experts_fp8(*inputs, *copies, keep_fp8=self.keep_fp8), None
 
     def sharded_state_dict(
         self,

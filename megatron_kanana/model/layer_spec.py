@@ -160,16 +160,19 @@ def _mlp_submodules(linear: LinearLayers) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=linear.column, linear_fc2=linear.row)
 
 
-def expert_layer_spec(dispatcher: str, backend: str, *, fp8: bool = False) -> ExpertLayerSpec:
+def expert_layer_spec(
+    dispatcher: str, backend: str, *, fp8: bool = False, keep_fp8: bool = False
+) -> ExpertLayerSpec:
     """A layer of experts.
 
     Args:
         dispatcher: `parallel.token_dispatcher`.
         backend: implementation (see `kernels.moe`).
         fp8: whether routed and shared experts are computed in fp8.
+        keep_fp8: whether these then keep gate and up in fp8.
     """
     params = {"backend": backend}
-    of_experts = {**params, "fp8": fp8}
+    of_experts = {**params, "fp8": fp8, "keep_fp8": keep_fp8}
     return ExpertLayerSpec(
         params={"dispatcher": dispatcher, **params},
         submodules=MoESubmodules(

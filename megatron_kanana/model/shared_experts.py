@@ -29,6 +29,7 @@ class SharedExperts(SharedExpertMLP):
     Args:
         backend: implementation (see `kernels.moe`).
         fp8: whether products are computed in fp8 (see `kernels.moe.fp8`).
+        keep_fp8: whether these then keep the pre-activation in fp8.
         The others are megatron-core's.
     """
 
@@ -41,10 +42,12 @@ class SharedExperts(SharedExpertMLP):
         *,
         backend: str,
         fp8: bool = False,
+        keep_fp8: bool = False,
     ) -> None:
         super().__init__(config, submodules, gate, pg_collection)
         self.backend = backend
         self.fp8_copies = WeightCopies() if fp8 else None
+        self.keep_fp8 = keep_fp8
         self.is_first_microbatch = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -65,7 +68,8 @@ class SharedExperts(SharedExpertMLP):
         if self.fp8_copies is None:
             return gated_mlp(*inputs, backend=self.backend).view(hidden_states.shape)
         copies = self.fp8_copies.for_forward(self, [weight[None] for weight in weights])
-        return gated_mlp_fp8(*inputs, *copies).view(hidden_states.shape)
+        out = gated_mlp_fp8(*inputs, *copies, keep_fp8=self.keep_fp8)
+        return out.view(hidden_states.shape)
 
 
 def _kept_in_parts(gathered: torch.Tensor, part: torch.Tensor, group: Any) -> Any:

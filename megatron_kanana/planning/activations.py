@@ -24,7 +24,8 @@ of its own: query and key-value down-projections two, where 2d bytes in bf16 ser
 in bf16 of them. The output
 projection keeps attention's own output, and projections behind a norm that is computed again keep
 its bf16 output, which is gone meanwhile (megatron-core's `set_save_original_input`). csrc's experts
-keep in fp8 what they keep in bf16; megatron-core's keep all their inputs in fp8.
+keep in fp8 what they keep in bf16, or with `precision.kept_activations` their pre-activations in
+fp8; megatron-core's keep all their inputs in fp8.
 
 Core attention keeps the same with SDPA and with `csrc`. While SDPA's finds the largest logits there
 are 1,024 rows of them, 6 bytes each; csrc's backward pass holds `attention_backward_bytes`.
@@ -38,7 +39,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from .architecture import EXPERTS, Architecture
+from .architecture import EXPERTS, KEPT_ACTIVATIONS, Architecture
 from .calibration import FP8_BYTES, Implementation
 from .communication import distinct
 from .layout import Layout, Stage
@@ -145,6 +146,8 @@ def feed_forward_bytes(
     result["router"] = of_expert * architecture.num_experts + of_visit * visited + of_token
     saved = 2.0 - FP8_BYTES if experts.quantised_inputs and EXPERTS in fp8 else 0.0
     of_hidden = max(0.0, experts.hidden - saved)
+    if KEPT_ACTIVATIONS in fp8:
+        saved += 2 * (2.0 - FP8_BYTES)
     result["gathered tokens"] = of_hidden * visited * hidden
     result["experts"] = (experts.width - saved) * visited * width
     if architecture.shared_hidden_size:
@@ -228,6 +231,8 @@ def stage_bytes(
     passing = 6.0 * hidden
     if has_experts:
         of_hidden, of_width = implementation.experts.passing
+        if KEPT_ACTIVATIONS in fp8:  # gradients of gate and up have no place to take
+            of_width += 4.0
         passing = of_hidden * hidden + of_width * architecture.expert_hidden_size
         passing *= architecture.num_experts_per_token * layout.expert_load
     transient = passing * tokens / layout.tensor

@@ -19,6 +19,8 @@ ADAMW_KINDS = ("router", "embedding", "output_layer", "vector")
 EXPERTS = "experts"
 ALL_FP8 = frozenset({*DENSE_WEIGHTS, "query_key_value", EXPERTS})
 """Everything that can compute in fp8: kinds of dense weights, and routed and shared experts."""
+KEPT_ACTIVATIONS = "kept_activations"
+"""Beside `EXPERTS` where these keep gate and up in fp8."""
 
 
 @dataclass(frozen=True)

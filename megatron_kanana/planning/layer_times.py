@@ -39,7 +39,8 @@ class Job:
         layout: its layout.
         machine: GPUs and network.
         implementation: how layers are computed.
-        fp8: what computes in fp8, of `architecture.ALL_FP8`: kinds of dense weights, and 'experts'.
+        fp8: what computes in fp8, of `architecture.ALL_FP8`: kinds of dense weights, and 'experts';
+            and perhaps `architecture.KEPT_ACTIVATIONS`.
         bf16_layers: first and last layers that it leaves out.
         efficiencies: shares of the machine's peaks.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from megatron_kanana.kernels.moe import (
@@ -62,11 +64,11 @@ def main() -> None:
             found.sum().backward()
         torch.cuda.synchronize()
         assert out.isfinite().all()
-    for sizes, load in FP8_CASES:
-        run_in_fp8(sizes, load)
+    for (sizes, load), keep_fp8 in itertools.product(FP8_CASES, (False, True)):
+        run_in_fp8(sizes, load, keep_fp8=keep_fp8)
 
 
-def run_in_fp8(sizes: Sizes, load: str) -> None:
+def run_in_fp8(sizes: Sizes, load: str, *, keep_fp8: bool) -> None:
     """Forward and backward of the experts in fp8."""
     inputs = random_inputs(sizes, load, dtype=torch.bfloat16)
     hidden_states, weights, gate_up, down = (
@@ -75,9 +77,11 @@ def run_in_fp8(sizes: Sizes, load: str) -> None:
     )
     permutation = permutation_of(inputs.chosen.cuda(), sizes.experts, inputs.rows, backend="csrc")
     copies = [quantize_weights(weight) for weight in (gate_up, down)]
-    out = routed_experts_fp8(hidden_states, weights, permutation, gate_up, down, *copies)
+    out = routed_experts_fp8(
+        hidden_states, weights, permutation, gate_up, down, *copies, keep_fp8=keep_fp8
+    )
     copies = [quantize_weights(weight[:1]) for weight in (gate_up, down)]
-    out = out + gated_mlp_fp8(hidden_states, gate_up[0], down[0], *copies)
+    out = out + gated_mlp_fp8(hidden_states, gate_up[0], down[0], *copies, keep_fp8=keep_fp8)
     out.backward(inputs.grad_out.cuda())
     torch.cuda.synchronize()
     assert out.isfinite().all()

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.gpu
 
 BLOCK = 128
 LARGEST_E4M3 = 448.0
+KEPT = pytest.mark.parametrize("keep_fp8", [False, True], ids=["kept_in_bf16", "kept_in_fp8"])
 # Hopper's tensor cores keep some 14 bits of a sum of fp8 products, so that one number in thirty of
 # what is quantised after it falls on the other side of a rounding.
 RMS_ERROR = 0.03
@@ -59,7 +60,12 @@ def fp8_weights(matrix: torch.Tensor) -> torch.Tensor:
     return round_to_fp8(blocks, blocks.abs().amax((1, 3), keepdim=True)).view(rows, columns)
 
 
-def expected_results(inputs: Inputs) -> dict[str, torch.Tensor]:
+def kept(pre_activation: torch.Tensor, *, in_fp8: bool) -> torch.Tensor:
+    """What the backward pass finds of it."""
+    return fp8_rows(pre_activation) if in_fp8 else pre_activation.bfloat16().double()
+
+
+def expected_results(inputs: Inputs, *, keep_fp8: bool = False) -> dict[str, torch.Tensor]:
     """Output and gradients by name in float64, with the roundings that fp8 and bf16 make."""
     hidden_states = fp8_rows(inputs.hidden_states.double())
     grad_out = fp8_rows(inputs.grad_out.double())
@@ -75,7 +81,7 @@ def expected_results(inputs: Inputs) -> dict[str, torch.Tensor]:
         rows = fp8_rows(gate * gate.sigmoid() * up) @ down.T
         out = out.index_add(0, tokens, rows.bfloat16().double() * weights)
 
-        gate, up = pre_activation.bfloat16().double().chunk(2, dim=1)
+        gate, up = kept(pre_activation, in_fp8=keep_fp8).chunk(2, dim=1)
         sigmoid, grad_activation = gate.sigmoid(), grad_out[tokens] @ down
         activation = gate * sigmoid * up
         grad_weights[tokens, slots] = (grad_activation * activation).sum(1)
@@ -92,14 +98,15 @@ def expected_results(inputs: Inputs) -> dict[str, torch.Tensor]:
     return dict(zip(NAMES, (*found, *stacked), strict=True))
 
 
-def results(inputs: Inputs) -> dict[str, torch.Tensor]:
+def results(inputs: Inputs, *, keep_fp8: bool = False) -> dict[str, torch.Tensor]:
     """Output and gradients by name; those of the experts' weights in fp32."""
     hidden_states, weights = (
         tensor.detach().requires_grad_() for tensor in (inputs.hidden_states, inputs.weights)
     )
     parameters = with_main_grad(inputs.gate_up), with_main_grad(inputs.down)
     copies = [quantize_weights(parameter) for parameter in parameters]
-    out = routed_experts_fp8(hidden_states, weights, permutation(inputs), *parameters, *copies)
+    order = permutation(inputs)
+    out = routed_experts_fp8(hidden_states, weights, order, *parameters, *copies, keep_fp8=keep_fp8)
     out.backward(inputs.grad_out)
     found = (out.detach(), hidden_states.grad, weights.grad, *(p.main_grad for p in parameters))
     return dict(zip(NAMES, found, strict=True))
@@ -120,49 +127,56 @@ def compare(
             assert error <= limit * rms(tensor), (name, error / rms(tensor))
 
 
-def check(inputs: Inputs) -> None:
+def check(inputs: Inputs, *, keep_fp8: bool) -> None:
     """Output and gradients beside float64, with and without fp8's roundings."""
-    found = results(inputs)
-    compare(found, expected_results(inputs))
+    found = results(inputs, keep_fp8=keep_fp8)
+    compare(found, expected_results(inputs, keep_fp8=keep_fp8))
     compare(found, float64_results(inputs), RMS_ERROR_OF_FP8)
 
 
+@KEPT
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(("hidden", "width"), [(128, 128), (256, 384)])
-def test_loads(load: str, hidden: int, width: int) -> None:
-    check(cuda_inputs(Sizes(700, 4, 16, hidden, width), load, seed=1))
+def test_loads(load: str, hidden: int, width: int, keep_fp8: bool) -> None:
+    check(cuda_inputs(Sizes(700, 4, 16, hidden, width), load, seed=1), keep_fp8=keep_fp8)
 
 
+@KEPT
 @pytest.mark.parametrize(("hidden", "width"), [(640, 256), (2048, 768), (4096, 1536)])
-def test_sizes(hidden: int, width: int) -> None:
-    check(cuda_inputs(Sizes(450, 3, 8, hidden, width), "Zipf", seed=hidden))
+def test_sizes(hidden: int, width: int, keep_fp8: bool) -> None:
+    check(cuda_inputs(Sizes(450, 3, 8, hidden, width), "Zipf", seed=hidden), keep_fp8=keep_fp8)
 
 
+@KEPT
 @pytest.mark.parametrize("counts", [COUNTS, COUNTS[::-1]])
-def test_rows_of_an_expert(counts: tuple[int, ...]) -> None:
-    check(inputs_with_counts(counts, 384, 256))
+def test_rows_of_an_expert(counts: tuple[int, ...], keep_fp8: bool) -> None:
+    check(inputs_with_counts(counts, 384, 256), keep_fp8=keep_fp8)
 
 
+@KEPT
 @pytest.mark.parametrize("tokens", [0, 1, 2, 129])
-def test_few_tokens(tokens: int) -> None:
-    check(cuda_inputs(Sizes(tokens, 6, 128, 128, 128), seed=tokens))
+def test_few_tokens(tokens: int, keep_fp8: bool) -> None:
+    check(cuda_inputs(Sizes(tokens, 6, 128, 128, 128), seed=tokens), keep_fp8=keep_fp8)
 
 
+@KEPT
 @pytest.mark.parametrize("magnitude", [1e-6, 1e4])
-def test_blocks_of_very_different_sizes(magnitude: float) -> None:
+def test_blocks_of_very_different_sizes(magnitude: float, keep_fp8: bool) -> None:
     inputs = cuda_inputs(Sizes(300, 2, 4, 256, 128))
     hidden_states = inputs.hidden_states.clone()
     hidden_states[::3, :128] *= magnitude
     hidden_states[1::3] = 0.0
     inputs = dataclasses.replace(inputs, hidden_states=hidden_states)
-    compare(results(inputs), expected_results(inputs))
+    found = results(inputs, keep_fp8=keep_fp8)
+    compare(found, expected_results(inputs, keep_fp8=keep_fp8))
 
 
-def test_every_run_has_the_same_bits() -> None:
+@KEPT
+def test_every_run_has_the_same_bits(keep_fp8: bool) -> None:
     inputs = cuda_inputs(Sizes(3000, 6, 32, 512, 256), "Zipf")
-    first = results(inputs)
+    first = results(inputs, keep_fp8=keep_fp8)
     for _ in range(4):
-        again = results(inputs)
+        again = results(inputs, keep_fp8=keep_fp8)
         for name in NAMES:
             assert torch.equal(again[name], first[name]), name
 
@@ -181,17 +195,38 @@ def test_weights_are_rounded_to_the_nearest_in_both_orders(rows: int, columns: i
     assert torch.equal(found.transposed.view(torch.uint8), found.data.view(torch.uint8).mT)
 
 
+@KEPT
+def test_memory_kept_is_that_of_the_format(keep_fp8: bool) -> None:
+    tokens, chosen, width = 4096, 4, 512
+    inputs = cuda_inputs(Sizes(tokens, chosen, 8, 256, width))
+    hidden_states = inputs.hidden_states.detach().requires_grad_()
+    parameters = with_main_grad(inputs.gate_up), with_main_grad(inputs.down)
+    copies = [quantize_weights(parameter) for parameter in parameters]
+    order = permutation(inputs)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = routed_experts_fp8(
+        hidden_states, inputs.weights, order, *parameters, *copies, keep_fp8=keep_fp8
+    )
+    of_number = 1 + 4 / BLOCK if keep_fp8 else 2
+    expected = tokens * chosen * 2 * width * of_number + out.numel() * out.element_size()
+    assert torch.cuda.memory_allocated() - before == pytest.approx(expected, rel=0.01)
+
+
+@KEPT
 @pytest.mark.parametrize("tokens", [0, 1, 129, 1000])
 @pytest.mark.parametrize(("hidden", "width"), [(128, 256), (2048, 768)])
-def test_shared_experts_are_an_expert_of_all_tokens(tokens: int, hidden: int, width: int) -> None:
+def test_shared_experts_are_an_expert_of_all_tokens(
+    tokens: int, hidden: int, width: int, keep_fp8: bool
+) -> None:
     inputs = cuda_inputs(Sizes(tokens, 1, 1, hidden, width), seed=tokens)
     inputs = dataclasses.replace(inputs, weights=torch.ones_like(inputs.weights))
     hidden_states = inputs.hidden_states.detach().requires_grad_()
     parameters = with_main_grad(inputs.gate_up[0]), with_main_grad(inputs.down[0])
     copies = [quantize_weights(parameter[None]) for parameter in parameters]
-    out = gated_mlp_fp8(hidden_states, *parameters, *copies)
+    out = gated_mlp_fp8(hidden_states, *parameters, *copies, keep_fp8=keep_fp8)
     out.backward(inputs.grad_out)
-    expected = expected_results(inputs)
+    expected = expected_results(inputs, keep_fp8=keep_fp8)
     expected.pop("weights")
     found = (out.detach(), hidden_states.grad, *(p.main_grad[None] for p in parameters))
     compare(dict(zip(expected, found, strict=True)), expected)

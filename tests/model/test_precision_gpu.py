@@ -41,8 +41,25 @@ def fp8_of_this_gpu() -> list[str]:
     ]
 
 
+EXPERTS_IN_FP8 = {
+    "experts": ("precision=fp8_blockwise_experts",),
+    "experts, activations kept in fp8": (
+        "precision=fp8_blockwise_experts",
+        "precision.kept_activations=fp8",
+    ),
+}
+
+
+def experts_of_this_gpu() -> list[str]:
+    """Of them, what a test can use here."""
+    is_other = torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
+    return [] if is_other else list(EXPERTS_IN_FP8)
+
+
 def in_fp8(recipe: str) -> tuple[str, ...]:
     """Words that choose it."""
+    if recipe in EXPERTS_IN_FP8:
+        return EXPERTS_IN_FP8[recipe]
     return (f"precision={'' if recipe == 'mxfp8' else 'fp8_'}{recipe}",)
 
 
@@ -80,7 +97,7 @@ def test_gradients_in_bf16_are_those_of_torch(
     assert min(cosines(ours, reference).values()) > 0.998  # bf16 beside fp32: 0.9987
 
 
-@pytest.mark.parametrize("recipe", fp8_of_this_gpu())
+@pytest.mark.parametrize("recipe", [*fp8_of_this_gpu(), *experts_of_this_gpu()])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_gradients_in_fp8_point_where_those_in_bf16_do(
     recipe: str, recompute: str, reference: dict[str, Any], tmp_path: Path, cache_dir: Path

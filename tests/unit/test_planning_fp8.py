@@ -157,6 +157,18 @@ def test_fp8_keeps_less_of_projections_and_the_same_of_experts() -> None:
     assert 0.85 * bf16 < whole < bf16
 
 
+def test_activations_kept_in_fp8_are_half_of_those_in_bf16() -> None:
+    """Gate and up of six routed and two shared experts in 3 layers."""
+    words = ("precision=fp8_blockwise_experts",)
+    bf16, fp8 = (
+        planned(*words, f"precision.kept_activations={form}").memory[0].activations
+        for form in ("bf16", "fp8")
+    )
+    tokens, layers, of_number = 2 * 4096, 3, 1 + 1 / 32
+    numbers = 2 * (6 + 2) * 768
+    assert bf16 - fp8 == pytest.approx(tokens * layers * (2 - of_number) * numbers)
+
+
 def test_weights_are_quantised_once_a_step() -> None:
     few = planned("precision=fp8_blockwise_experts")
     many = planned("precision=fp8_blockwise_experts", "schedule.global_batch_size=16")

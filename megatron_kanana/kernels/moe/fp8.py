@@ -2,8 +2,8 @@
 
 Rows have a scale for each 128 numbers, weights for each 128 x 128 (DeepSeek-V3, arXiv 2412.19437,
 section 3.3.2); sums of 128 products are added in fp32. Weights' gradients are products in bf16:
-their time is that of adding to fp32 sums in memory. What is kept for the backward pass is what
-`compiled` keeps.
+their time is that of moving operands and fp32 sums. What is kept for the backward pass is what
+`compiled` keeps, or the pre-activation in e4m3 with a scale for each 128 numbers.
 
 Shape suffixes: those of the package, and R x C blocks of 128 rows and columns of a matrix.
 """
@@ -66,6 +66,8 @@ def routed_experts_fp8(
     down_EDN: torch.Tensor,
     quantized_gate_up: QuantizedWeights,
     quantized_down: QuantizedWeights,
+    *,
+    keep_fp8: bool = False,
 ) -> torch.Tensor:
     """As `routed_experts`, in fp8.
 
@@ -77,6 +79,7 @@ def routed_experts_fp8(
         down_EDN: bf16 [experts, hidden size, width]; gets the gradient.
         quantized_gate_up: of the same weights.
         quantized_down: of the same weights.
+        keep_fp8: whether the pre-activation is kept in fp8 for the backward pass.
 
     Returns:
         bf16 [tokens, hidden size].
@@ -89,6 +92,7 @@ def routed_experts_fp8(
         down_EDN,
         quantized_gate_up,
         quantized_down,
+        keep_fp8,
     )
     return out_TD
 
@@ -99,10 +103,12 @@ def gated_mlp_fp8(
     down_DN: torch.Tensor,
     quantized_gate_up: QuantizedWeights,
     quantized_down: QuantizedWeights,
+    *,
+    keep_fp8: bool = False,
 ) -> torch.Tensor:
     """As `gated_mlp`, in fp8; the quantised weights are those of one expert."""
     out_TD: torch.Tensor = _GatedMLP.apply(
-        hidden_states_TD, gate_up_2ND, down_DN, quantized_gate_up, quantized_down
+        hidden_states_TD, gate_up_2ND, down_DN, quantized_gate_up, quantized_down, keep_fp8
     )
     return out_TD
 
@@ -118,6 +124,7 @@ class _RoutedExperts(torch.autograd.Function):
         down_EDN: torch.Tensor,
         quantized_gate_up: QuantizedWeights,
         quantized_down: QuantizedWeights,
+        keep_fp8: bool,
     ) -> torch.Tensor:
         inputs = (
             hidden_states_TD.contiguous(),
@@ -126,10 +133,10 @@ class _RoutedExperts(torch.autograd.Function):
             permutation.slot_of_row_M,
             permutation.row_of_slot_TK,
         )
-        out_TD, pre_activation_M2N = _operations.fp8_experts_forward(
-            *inputs, *_forward_order(quantized_gate_up, quantized_down)
+        out_TD, *kept = _operations.fp8_experts_forward(
+            *inputs, *_forward_order(quantized_gate_up, quantized_down), keep_fp8
         )
-        ctx.save_for_backward(*inputs, pre_activation_M2N)
+        ctx.save_for_backward(*inputs, *kept)
         ctx.parameters = (gate_up_E2ND, down_EDN)
         ctx.quantized = (quantized_gate_up, quantized_down)
         result: torch.Tensor = out_TD
@@ -137,18 +144,19 @@ class _RoutedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *inputs, pre_activation_M2N = ctx.saved_tensors
+        *inputs, pre_activation_M2N, scales = ctx.saved_tensors
         buffers = [gradient_buffer(parameter) for parameter in ctx.parameters]
         grad_hidden_states_TD, grad_weights_TK = _operations.fp8_experts_backward(
             grad_out_TD.contiguous(),
             *inputs,
             *_backward_order(*ctx.quantized),
             pre_activation_M2N,
+            scales,
             *buffers,
         )
-        torch.autograd.graph.increment_version(pre_activation_M2N)
+        _mark_as_overwritten(pre_activation_M2N)
         grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
-        return grad_hidden_states_TD, grad_weights_TK, None, *grad_parameters, None, None
+        return grad_hidden_states_TD, grad_weights_TK, None, *grad_parameters, None, None, None
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -160,12 +168,13 @@ class _GatedMLP(torch.autograd.Function):
         down_DN: torch.Tensor,
         quantized_gate_up: QuantizedWeights,
         quantized_down: QuantizedWeights,
+        keep_fp8: bool,
     ) -> torch.Tensor:
         hidden_states_TD = hidden_states_TD.contiguous()
-        out_TD, pre_activation_T2N = _operations.fp8_gated_mlp_forward(
-            hidden_states_TD, *_forward_order(quantized_gate_up, quantized_down)
+        out_TD, *kept = _operations.fp8_gated_mlp_forward(
+            hidden_states_TD, *_forward_order(quantized_gate_up, quantized_down), keep_fp8
         )
-        ctx.save_for_backward(hidden_states_TD, pre_activation_T2N)
+        ctx.save_for_backward(hidden_states_TD, *kept)
         ctx.parameters = (gate_up_2ND, down_DN)
         ctx.quantized = (quantized_gate_up, quantized_down)
         result: torch.Tensor = out_TD
@@ -173,18 +182,25 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_states_TD, pre_activation_T2N = ctx.saved_tensors
+        hidden_states_TD, pre_activation_T2N, scales = ctx.saved_tensors
         buffers = [gradient_buffer(parameter) for parameter in ctx.parameters]
         grad_hidden_states_TD = _operations.fp8_gated_mlp_backward(
             grad_out_TD.contiguous(),
             hidden_states_TD,
             *_backward_order(*ctx.quantized),
             pre_activation_T2N,
+            scales,
             *buffers,
         )
-        torch.autograd.graph.increment_version(pre_activation_T2N)
+        _mark_as_overwritten(pre_activation_T2N)
         grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
-        return grad_hidden_states_TD, *grad_parameters, None, None
+        return grad_hidden_states_TD, *grad_parameters, None, None, None
+
+
+def _mark_as_overwritten(pre_activation: torch.Tensor) -> None:
+    """Gradients take the place of one in bf16; autograd then refuses another backward pass."""
+    if pre_activation.dtype == torch.bfloat16:
+        torch.autograd.graph.increment_version(pre_activation)
 
 
 def _forward_order(gate_up: QuantizedWeights, down: QuantizedWeights) -> tuple[torch.Tensor, ...]:

@@ -75,6 +75,12 @@ PRECISION = {
         "fp8",
         "set precision=fp8_blockwise",
     ),
+    "activations kept in fp8 by experts in bf16": Bad(
+        ("precision=fp8_blockwise", "precision.kept_activations=fp8"),
+        "precision.kept_activations",
+        "fp8",
+        "set precision=fp8_blockwise_experts or precision.kept_activations=bf16",
+    ),
     "experts in fp8 in torch": Bad(
         ("precision=fp8_blockwise", "precision.experts=fp8", "kernels.moe_backend=torch"),
         "precision.experts",
