@@ -37,7 +37,9 @@ KEPT = pytest.mark.parametrize("keep_fp8", [False, True], ids=["kept_in_bf16", "
 # Hopper's tensor cores keep some 14 bits of a sum of fp8 products, so that one number in thirty of
 # what is quantised after it falls on the other side of a rounding.
 RMS_ERROR = 0.03
-RMS_ERROR_OF_FP8 = 0.08  # beside what the same numbers give unquantised: a rounding is 0.026
+# Beside what the same numbers give unquantised: a rounding is 0.026, and gate and up that are kept
+# in fp8 are two more.
+RMS_ERROR_OF_FP8 = {False: 0.08, True: 0.1}
 
 
 def round_to_fp8(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -131,7 +133,7 @@ def check(inputs: Inputs, *, keep_fp8: bool) -> None:
     """Output and gradients beside float64, with and without fp8's roundings."""
     found = results(inputs, keep_fp8=keep_fp8)
     compare(found, expected_results(inputs, keep_fp8=keep_fp8))
-    compare(found, float64_results(inputs), RMS_ERROR_OF_FP8)
+    compare(found, float64_results(inputs), RMS_ERROR_OF_FP8[keep_fp8])
 
 
 @KEPT
