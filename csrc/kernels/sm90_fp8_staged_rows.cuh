@@ -38,7 +38,7 @@ __device__ __forceinline__ void find_scales(const float (&largest)[2], float (&i
 }
 
 // 128 columns of an accumulator, from register `first` on, each row with a scale of its own, in a
-// chunk that load_kept reads: of each 16 columns a thread has four, 2c, 2c + 1, 2c + 8 and 2c + 9
+// chunk that KeptRows loads: of each 16 columns a thread has four, 2c, 2c + 1, 2c + 8 and 2c + 9
 // (see wgmma), which lie side by side.
 template <int kCount>
 __device__ __forceinline__ void stage_kept(uint32_t chunk, const float (&sums)[kCount], int first,

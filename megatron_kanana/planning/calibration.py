@@ -160,7 +160,7 @@ CSRC_EXPERTS = Experts(
     fused=True,
     single_launch=True,
     share=0.55,
-    share_fp8=0.36,
+    share_fp8=0.47,
     gradient_memory=0.85,
 )
 """This version's kernels: pre-activations alone are kept, in bf16 and in fp8. Beside them a visit
@@ -169,10 +169,10 @@ bf16; the gradient of a pre-activation takes its place.
 
 Rates are those of the cards' component 'experts', 9 layers: 131.6 ms in step_8x4096_h200 (bf16),
 45.95 ms in step_2x4096_h100, 41.3 ms in step_recompute_h200 (2 x 4096), from which product and
-adding to gradients follow together. In fp8 113.7 ms in step_8x4096_h200. Alone, products are
-faster: moe_h100 (6.53 ms and 21.2 ms without shared experts, 16,384 and 65,536 tokens) gives 0.63
-and 0.62, and the wider experts of moe_155b_h100 (19.0 ms) 0.65, with faster weight gradients than
-those steps had."""
+adding to gradients follow together. In fp8 99.1 ms in step_10_layers_8x4096_h200. Alone, products
+are faster: moe_h100 (6.53 ms and 21.2 ms without shared experts, 16,384 and 65,536 tokens) gives
+0.63 and 0.62, and the wider experts of moe_155b_h100 (19.0 ms) 0.65, with faster weight gradients
+than those steps had."""
 
 PLAIN_EXPERTS = Experts(
     "torch",
