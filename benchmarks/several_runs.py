@@ -46,9 +46,9 @@ def parametrization_overrides(parametrization: str, base_hidden_size: int) -> li
 
 
 def settings_of(overrides: Sequence[str]) -> Settings:
-    """Checked settings of a run that is not written anywhere."""
-    unwritten = ["logging.report=false", "logging.tensorboard=false", "data.num_workers=0"]
-    return load_settings([*unwritten, *overrides], detect_environment())
+    """Checked settings of a run that is not written anywhere, and goes on from none that was."""
+    unwritten = ["logging.report=false", "logging.tensorboard=false", "run_name=unwritten"]
+    return load_settings([*unwritten, "data.num_workers=0", *overrides], detect_environment())
 
 
 class OneProcess:
