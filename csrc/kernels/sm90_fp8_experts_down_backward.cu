@@ -2,6 +2,8 @@
 // grad_out; the gradient of the pre-activation comes quantised as well.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "sm90_experts_down_backward.cuh"
 #include "sm90_fp8_experts_launch.h"
 #include "sm90_fp8_staged_rows.cuh"
@@ -131,14 +133,20 @@ class Fp8PreActivation {
   float gate_scales_[2], up_scales_[2];
 };
 
-template <class PreActivation>
+template <bool kKeptFp8>
 void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& grad_out,
-            const Fp8Weights& down, const typename PreActivation::Arguments& pre_activation,
-            void* grad_pre_activation, void* quantized_grad, float* grad_scales,
-            void* weighted_activation, float* grad_weight_parts, void* stream) {
+            const Fp8Weights& down, const KeptPreActivation& kept, void* grad_pre_activation,
+            void* quantized_grad, float* grad_scales, void* weighted_activation,
+            float* grad_weight_parts, void* stream) {
+  using PreActivation = std::conditional_t<kKeptFp8, Fp8PreActivation, Bf16PreActivation>;
   using Epilogue = DownBackward<kScaleBlock, QuantizedGradients, PreActivation>;
   using Matmul = Fp8RowMatmul<true, 5, Epilogue>;
   const int width = sizes.width, blocks = width / kScaleBlock;
+  const int kept_width = kKeptFp8 ? width / 2 : width;  // as bf16
+  const auto kept_map = [&](int first_column) {
+    return ordered_rows_map(columns_from(kept.data, first_column), sizes.rows, kept_width,
+                            2 * kept_width, kStoredRows);
+  };
   const auto half_rows = [&](int first_column) {
     return open_rows(columns_from(grad_pre_activation, first_column), sizes.rows, width, 2 * width);
   };
@@ -153,7 +161,7 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& gra
   arguments.depth = sizes.hidden_size / 2;
   arguments.column_tiles = blocks;
   arguments.second_half = Epilogue::kColumns / 2;
-  arguments.epilogue = {.pre_activation = pre_activation,
+  arguments.epilogue = {.pre_activation = {.gate = kept_map(0), .up = kept_map(kept_width)},
                         .grad_gate = half_rows(0),
                         .grad_up = half_rows(width),
                         .activation = open_rows(weighted_activation, sizes.rows, width, width),
@@ -165,6 +173,10 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& gra
                                          .up = quantized_rows(width),
                                          .scales = grad_scales,
                                          .blocks = blocks}};
+  if constexpr (kKeptFp8) {
+    arguments.epilogue.pre_activation.scales = kept.scales;
+    arguments.epilogue.pre_activation.blocks = blocks;
+  }
   arguments.scales = scales_of(grad_out.scales, down.scales, sizes.hidden_size, width, true);
   launch_fp8_row_matmul<Matmul>(arguments, "fp8_experts_down_backward", stream);
 }
@@ -179,26 +191,11 @@ void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
                                const KeptPreActivation& kept, void* grad_pre_activation,
                                void* quantized_grad, float* grad_scales, void* weighted_activation,
                                float* grad_weight_parts, void* stream) {
-  using namespace sm90;
   if (sizes.rows == 0) return;
-  enter_device();
-  const bool is_fp8 = kept.scales != nullptr;
-  const int width = is_fp8 ? sizes.width / 2 : sizes.width;  // as bf16
-  const auto half_map = [&](int first_column) {
-    return ordered_rows_map(columns_from(kept.data, first_column), sizes.rows, width, 2 * width,
-                            kStoredRows);
-  };
-  const auto run = [&]<class PreActivation>(const PreActivation&,
-                                            const typename PreActivation::Arguments& arguments) {
-    launch<PreActivation>(sizes, rows, grad_out, down, arguments, grad_pre_activation,
-                          quantized_grad, grad_scales, weighted_activation, grad_weight_parts,
-                          stream);
-  };
-  if (is_fp8) {
-    run(Fp8PreActivation(), {half_map(0), half_map(width), kept.scales, sizes.width / kScaleBlock});
-  } else {
-    run(Bf16PreActivation(), {half_map(0), half_map(width)});
-  }
+  sm90::enter_device();
+  const auto launch = kept.scales == nullptr ? sm90::launch<false> : sm90::launch<true>;
+  launch(sizes, rows, grad_out, down, kept, grad_pre_activation, quantized_grad, grad_scales,
+         weighted_activation, grad_weight_parts, stream);
 }
 
 }  // namespace megatron_kanana
