@@ -27,10 +27,11 @@ class StoreRows {
   __device__ __forceinline__ void finish(const float (&sums)[kColumns / 2], const RowTile& tile,
                                          int first_row, int valid_rows) {
     const int column = tile.column_tile * kColumns;
-    staged_.store([&](int i, uint32_t chunk) { stage_columns(chunk, sums, i * kChunk / 2); },
-                  [&](int i, const void* chunk) {
-                    arguments_.out.store(chunk, column + i * kChunk, first_row, valid_rows);
-                  });
+    staged_.store(
+        [&](int i, uint32_t chunk) { stage_columns<kChunk>(chunk, sums, i * kChunk / 2); },
+        [&](int i, const void* chunk) {
+          arguments_.out.store(chunk, column + i * kChunk, first_row, valid_rows);
+        });
   }
 
   __device__ __forceinline__ void end() { staged_.end(); }

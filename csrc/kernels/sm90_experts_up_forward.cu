@@ -36,7 +36,7 @@ class UpForward {
     for (int first = 0; first < kHalf; first += kChunk / 2) {
       const auto write = [&](int i, uint32_t chunk) {
         if (i < 2) {
-          stage_columns(chunk, sums, i * kHalf + first);
+          stage_columns<kChunk>(chunk, sums, i * kHalf + first);
         } else {
           stage_activation(chunk, sums, first);
         }

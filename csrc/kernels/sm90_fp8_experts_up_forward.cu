@@ -47,7 +47,7 @@ class Fp8UpForward {
         stage_kept(chunk, sums, i * kColumns / 4, scales + tile.column_tile, 2 * blocks,
                    valid_rows);
       } else {
-        stage_columns(chunk, sums, i * kChunk / 2);
+        stage_columns<kChunk>(chunk, sums, i * kChunk / 2);
       }
     };
     const auto store = [&](int i, const void* chunk) {

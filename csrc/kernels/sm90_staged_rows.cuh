@@ -70,16 +70,4 @@ class StagedRows {
   const int named_barrier_;
 };
 
-// 64 columns of an accumulator, from register `first` on, as bf16 in a chunk.
-template <int kCount>
-__device__ __forceinline__ void stage_columns(uint32_t chunk, const float (&sums)[kCount],
-                                              int first) {
-  uint32_t packed[4][4];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    packed[i / 4][i % 4] = pack_bf16(sums[first + 2 * i], sums[first + 2 * i + 1]);
-  }
-  stage_tile(chunk, packed);
-}
-
 }  // namespace megatron_kanana::sm90

@@ -40,16 +40,24 @@ __device__ __forceinline__ void stage_tile(uint32_t tile, const uint32_t (&packe
   }
 }
 
-// The same of an accumulator, times a factor.
+// The same of kColumns columns of an accumulator, from register `first` on, times a factor.
+template <int kColumns, int kCount>
+__device__ __forceinline__ void stage_columns(uint32_t address, const float (&values)[kCount],
+                                              int first, float factor = 1.0f) {
+  uint32_t packed[kColumns / 16][4];
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; i += 2) {
+    packed[i / 8][i / 2 % 4] =
+        pack_bf16(values[first + i] * factor, values[first + i + 1] * factor);
+  }
+  stage_tile(address, packed);
+}
+
+// Of all its columns.
 template <int kCount>
 __device__ __forceinline__ void stage_rows(uint32_t address, const float (&values)[kCount],
                                            float factor) {
-  uint32_t packed[kCount / 8][4];
-#pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
-    packed[i / 8][i / 2 % 4] = pack_bf16(values[i] * factor, values[i + 1] * factor);
-  }
-  stage_tile(address, packed);
+  stage_columns<2 * kCount>(address, values, 0, factor);
 }
 
 }  // namespace megatron_kanana::sm90
