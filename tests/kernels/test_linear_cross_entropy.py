@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -75,6 +76,18 @@ def assert_near(
     assert float(error) <= tolerance
 
 
+@contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """torch.empty gives NaN, as it does in deterministic runs."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -92,6 +105,21 @@ def test_losses_and_gradients_are_those_of_torch(
     assert_near(found[0][counts], expected[0][counts], TOLERANCE[dtype], floor)
     for gradient, right in zip(found[1:], expected[1:], strict=True):
         assert_near(gradient, right, TOLERANCE[dtype], floor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", ["many tokens", "chunks", "few tokens"])
+@pytest.mark.parametrize("known", [True, False], ids=["weights known", "weights not known"])
+def test_nothing_is_read_of_memory_that_was_not_written(
+    known: bool, size: str, dtype: torch.dtype, backend: str
+) -> None:
+    tokens, hidden, words, chunk = SIZES[size]
+    problem = Problem(tokens, hidden, words, dtype)
+    with new_memory_is_nan():
+        found = problem.found(known, backend, chunk)
+    for value, right in zip(found, problem.found(known, backend, chunk), strict=True):
+        torch.testing.assert_close(value, right)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -80,8 +80,11 @@ class Vocabulary:
         """[C, V], each row beginning at a multiple of `ALIGNED_WORDS`."""
         words = weight_VD.shape[0]
         padded = -(-words // ALIGNED_WORDS) * ALIGNED_WORDS
-        logits_CV = hidden_states_CD.new_empty(hidden_states_CD.shape[0], padded)[:, :words]
-        return torch.mm(hidden_states_CD, weight_VD.t(), out=logits_CV)
+        padded_CV = hidden_states_CD.new_empty(hidden_states_CD.shape[0], padded)
+        # oneDNN's bf16 products with AMX read behind a row's end and multiply that by zero, which
+        # gives NaN where memory holds one.
+        padded_CV[:, words:].zero_()
+        return torch.mm(hidden_states_CD, weight_VD.t(), out=padded_CV[:, :words])
 
     def statistics(
         self, logits_CV: torch.Tensor, weight_VD: torch.Tensor, labels_C: torch.Tensor
