@@ -68,7 +68,9 @@ def prepare(
     """
     overrides = [f"cluster.{word}" if word.split("=")[0] in _SHORT else word for word in words]
     cluster = cluster_settings(overrides, config_dir) or ClusterSettings()
-    environment = launch_environment(cluster, detect_environment(), starts=starts)
+    # Looking at this machine loads torch, for seconds.
+    here = Environment() if _of_other_machines(cluster, starts) else detect_environment()
+    environment = launch_environment(cluster, here, starts=starts)
     problems = list(check_submission(cluster, overrides, chain=chain, starts=starts))
     try:
         settings = load_settings(overrides, environment, config_dir, with_files=with_files)
@@ -103,7 +105,7 @@ def launch_environment(
     launch = dataclasses.replace(cluster, gpus_per_node=gpus)
     if cluster.kind == "slurm":
         here = dataclasses.replace(here, gpu_name=None, compute_capability=None)
-        if cluster.container_image is not None or not starts:
+        if _of_other_machines(cluster, starts):
             here = Environment(gpu_name=None, compute_capability=None)
     return dataclasses.replace(
         here,
@@ -112,6 +114,11 @@ def launch_environment(
         local_world_size=launch.processes_of_a_node,
         cuda_device_count=here.cuda_device_count if cluster.kind == "local" else gpus,
     )
+
+
+def _of_other_machines(cluster: ClusterSettings, starts: bool) -> bool:
+    """Whether nothing here, installed or not, says what the processes will find."""
+    return cluster.kind == "slurm" and (cluster.container_image is not None or not starts)
 
 
 def check_submission(

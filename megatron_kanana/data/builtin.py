@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-import shutil
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from megatron_kanana.config.mixture import BUILTIN_WEIGHTS
 from .documents import read_documents
 from .indexed import write_dataset
 from .tokenizer import train_tokenizer
+from .whole_folder import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -63,20 +63,17 @@ def prepare_builtin_data(data: BuiltinData, vocab_size: int) -> None:
     if folder.is_dir():
         return
     logger.info("first use: training the tokenizer and writing datasets into %s", folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tokenizer = partial / data.tokenizer.name
-    train_tokenizer(_tokenizer_texts(), vocab_size, tokenizer)
-    corpora = (standard_library_sources(SOURCE_BYTES), _interleaved(_training_documents()))
-    for (prefix, _), documents in zip(data.datasets, corpora, strict=True):
-        size = write_dataset(documents, partial / prefix.name, tokenizer)
-        logger.info("%s: %d documents, %d tokens", prefix.name, size.documents, size.tokens)
-    for name, texts in _documents().items():
-        path = partial / "held_out" / data.held_out[name].name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(texts[-HELD_OUT_DOCUMENTS:]), encoding="utf-8")
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        tokenizer = partial / data.tokenizer.name
+        train_tokenizer(_tokenizer_texts(), vocab_size, tokenizer)
+        corpora = (standard_library_sources(SOURCE_BYTES), _interleaved(_training_documents()))
+        for (prefix, _), documents in zip(data.datasets, corpora, strict=True):
+            size = write_dataset(documents, partial / prefix.name, tokenizer)
+            logger.info("%s: %d documents, %d tokens", prefix.name, size.documents, size.tokens)
+        for name, texts in _documents().items():
+            path = partial / "held_out" / data.held_out[name].name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(texts[-HELD_OUT_DOCUMENTS:]), encoding="utf-8")
 
 
 def standard_library_sources(max_bytes: int) -> Iterator[str]:

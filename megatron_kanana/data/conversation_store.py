@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from .conversations import parse_conversation, read_records
 from .export_tokenizer import CHAT_TEMPLATE
 from .supervised import ConversationEncoder, Example, TooLongError
 from .tokenizer import Tokenizer, load_tokenizer
+from .whole_folder import whole_folder
 
 CHUNK_RECORDS = 64  # records sent to a worker at a time
 FORMAT = 1  # of a store's files; stores of another are made anew
@@ -115,15 +115,14 @@ def prepare_conversations(
     folder = cache_dir / f"conversations_{_fingerprint(files, tokenizer, settings, max_tokens)}"
     if folder.is_dir():
         return folder
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     records = (
         (str(path), number, record) for path in files for number, record in read_records(path)
     )
-    with _encoder(tokenizer.path, settings, max_tokens) as encode:
+    with (
+        whole_folder(folder) as partial,
+        _encoder(tokenizer.path, settings, max_tokens) as encode,
+    ):
         _write(partial, encode(records))
-    partial.rename(folder)
     return folder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_kanana.config.dataset_files import sequence_count, tokens_before, 
 from megatron_kanana.device.safe_unpickling import UnsafeFileError
 
 from .tokenizer import Tokenizer
+from .whole_folder import whole_folder
 
 OPEN_EPOCHS = 2
 FINGERPRINT_BYTES = 1 << 16  # of each end of an index file
@@ -116,13 +116,10 @@ class _Dataset:
         if self.is_prepared(seed, held_out=held_out, size=size):
             return
         folder = self._folder(seed, held_out, size)
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         first, stop = (self.training, self._count) if held_out else (0, self.training)
         documents = np.arange(first, stop, dtype=np.int32)
-        self._build(partial, documents, seed, held_out, size)
-        partial.rename(folder)
+        with whole_folder(folder) as partial:
+            self._build(partial, documents, seed, held_out, size)
 
     def is_prepared(self, seed: int, *, held_out: bool, size: int | None = None) -> bool:
         """Whether the index files are there.

@@ -25,6 +25,7 @@ from megatron_kanana.cluster.submit import Submission, launch_environment, prepa
 from megatron_kanana.config import ConfigurationError, Environment, load_settings
 from megatron_kanana.config.cluster_settings import ClusterSettings
 from megatron_kanana.config.exit_status import SAVED_FOR_ANOTHER_START
+from tests.launch import run_python
 
 SLURM = ("cluster=slurm", "nodes=2", "spare_nodes=1", "partition=gpu", "cluster.gpus_per_node=0")
 
@@ -180,6 +181,16 @@ def test_fp8_is_submitted_from_where_neither_its_gpu_nor_its_software_is() -> No
 
     looked_at = launch_environment(without_image, login, starts=False)
     load_settings(words, looked_at, with_files=False)
+
+
+def test_a_script_is_looked_at_without_loading_torch() -> None:
+    """Which takes seconds, and a login node may not have."""
+    look = "prepare(['cluster=slurm', 'schedule.global_batch_size=64'], None, '', starts=False)"
+    program = f"import sys; from {prepare.__module__} import prepare; {look}; print(*sys.modules)"
+    finished = run_python("-c", program, anew=True)
+    assert finished.returncode == 0, finished.stderr
+    loaded = set(finished.stdout.split())
+    assert "hydra" in loaded and not loaded & {"torch", "megatron.core", "transformers"}
 
 
 def test_local_script_runs_the_job_and_passes_its_status_on(tmp_path: Path) -> None:
