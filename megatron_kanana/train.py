@@ -10,14 +10,23 @@ starts; a wrong one ends with exit code 2 and the list of what to mend.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import sys
 
-from megatron_kanana.config import ConfigurationError, detect_environment, load_settings, tell
+from megatron_kanana.config import (
+    ConfigurationError,
+    Environment,
+    detect_environment,
+    load_settings,
+    tell,
+)
 from megatron_kanana.config.exit_status import CANNOT_SAVE, STOPPED
 from megatron_kanana.config.help import settings_help
+from megatron_kanana.config.schema import Settings
 from megatron_kanana.garbage_collection import garbage_collection_off
+from megatron_kanana.run_folder import held_run_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     level = logging.INFO if environment.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
+    with contextlib.ExitStack() as stack:
+        if environment.rank == 0:
+            try:
+                stack.enter_context(held_run_folder(settings))
+            except ConfigurationError as error:
+                return tell(error, environment.rank)
+        return run_job(settings, environment)
 
+
+def run_job(settings: Settings, environment: Environment) -> int:
+    """Train with settings that have been checked; returns this process's exit code."""
     with garbage_collection_off(lasting=True):
         from megatron_kanana import device
 

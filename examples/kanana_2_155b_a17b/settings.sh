@@ -64,7 +64,7 @@ tiny)
     export DATA=$WORK/data
     RUNS=$WORK/runs
     TINY=_tiny # recipes of the same names, in the folder tiny
-    export OMP_NUM_THREADS=1
+    export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
     export PYTHONWARNINGS="ignore:Transformer Engine" # which no CPU has
     WHERE=(--config-dir "$EXAMPLE/tiny" device=cpu)
     PROCESSES=2
@@ -123,9 +123,9 @@ run() {
 # it becomes the job's batch script, with pre-flight, signals and requeueing (docs/cluster.md).
 train() {
     local command=(python tools/submit.py)
-    if [[ $SCALE == tiny ]]; then # what submit.py would start on this machine
-        command=(python -m megatron_kanana.cluster.launch --standalone
-            "--nproc-per-node=$PROCESSES" -m megatron_kanana.train)
+    if [[ $SCALE == tiny ]]; then # what submit.py would start on this machine, but forked: it starts sooner
+        command=(python -m megatron_kanana.cluster.launch --standalone "--nproc-per-node=$PROCESSES"
+            --start-method=fork --run-path megatron_kanana/train.py)
     fi
     command+=("${WHERE[@]}" "output_dir=$RUNS" "$@")
     show "${command[@]}"

@@ -28,6 +28,12 @@ class WatchdogSettings:
         " evaluation, a checkpoint, the end of the run",
         above=0.0,
     )
+    other_job_timeout: float = setting(
+        120.0,
+        help="seconds that a start waits for another job in the run's folder to end, such as one"
+        " whose node was lost, before it is refused",
+        minimum=0.0,
+    )
     straggler_interval: int = setting(
         100,
         help="steps between comparisons of the processes' own time, without their waiting for one"
