@@ -17,7 +17,7 @@ from tests.parallel.layouts import (
     TOLERANCE,
 )
 
-FIRST_STEP, STEPS = 4, 5
+FIRST_STEP, STEPS = 4, 3
 ONE_PROCESS = "one process"
 
 
@@ -57,7 +57,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(
     layout: str, runs: dict[str, list[dict[str, Any]]]
 ) -> None:
     records, one_process = runs[layout], runs[ONE_PROCESS]
-    assert [record["step"] for record in records] == [5, 6, 7, 8, 9]
+    assert [record["step"] for record in records] == [5, 6, 7]
     for ours, theirs in zip(records, one_process, strict=True):
         for name in ("loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=TOLERANCE), (name, ours["step"])

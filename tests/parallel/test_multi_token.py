@@ -11,7 +11,7 @@ import torch
 from tests.checkpoints import saved_tensors
 from tests.launch import train, train_in_turn
 
-FIRST_STEP, LAST_STEP = 4, 9
+FIRST_STEP, LAST_STEP = 4, 7
 TOLERANCE = 1e-5  # relative
 
 LAYER = "model.num_mtp_layers=1"
@@ -65,7 +65,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(
     layout: str, runs: dict[str, Records], one_process: Records
 ) -> None:
     records = runs[layout]
-    assert [record["step"] for record in records] == [5, 6, 7, 8, 9]
+    assert [record["step"] for record in records] == [5, 6, 7]
     for ours, theirs in zip(records, one_process[FIRST_STEP:], strict=True):
         for name in ("loss", "grad_norm", "mtp_losses"):
             assert ours[name] == pytest.approx(theirs[name], rel=TOLERANCE), (name, ours["step"])

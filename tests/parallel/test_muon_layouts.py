@@ -24,7 +24,7 @@ from tests.parallel.layouts import (
     weight_differences,
 )
 
-START, MIDDLE, END = 3, 8, 13
+START, MIDDLE, END = 3, 6, 9
 SAVE_IN_THE_MIDDLE = (f"checkpoint.save_interval={MIDDLE}",)
 GOING_ON = ("DP2", "TP2 x EP2")  # from whose middle another run starts
 Records = list[dict[str, Any]]
