@@ -82,7 +82,7 @@ class Vocabulary:
         padded = -(-words // ALIGNED_WORDS) * ALIGNED_WORDS
         padded_CV = hidden_states_CD.new_empty(hidden_states_CD.shape[0], padded)
         # oneDNN's bf16 products with AMX read behind a row's end and multiply that by zero, which
-        # gives NaN where memory holds one.
+        # gives NaN where memory holds one (uxlfoundation/oneDNN, issue 5717).
         padded_CV[:, words:].zero_()
         return torch.mm(hidden_states_CD, weight_VD.t(), out=padded_CV[:, :words])
 
