@@ -44,17 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     level = logging.INFO if environment.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
-    with contextlib.ExitStack() as stack:
-        if environment.rank == 0:
-            try:
-                stack.enter_context(held_run_folder(settings))
-            except ConfigurationError as error:
-                return tell(error, environment.rank)
-        return run_job(settings, environment)
+    folder = held_run_folder(settings) if environment.rank == 0 else contextlib.nullcontext()
+    try:
+        with folder:
+            return run_job(settings, environment)
+    except ConfigurationError as error:  # of the folder, or in what is read
+        return tell(error, environment.rank)
 
 
 def run_job(settings: Settings, environment: Environment) -> int:
-    """Train with settings that have been checked; returns this process's exit code."""
+    """Train with settings that have been checked; returns this process's exit code.
+
+    Raises:
+        ConfigurationError: what is read does not fit the settings.
+    """
     with garbage_collection_off(lasting=True):
         from megatron_kanana import device
 
@@ -79,7 +82,7 @@ def run_job(settings: Settings, environment: Environment) -> int:
             restore(run)
             train(run, interruption, watchdog)
             device.destroy_process_groups()
-    except (ConfigurationError, CheckpointError, UnsafeFileError) as error:  # in what is read
+    except (CheckpointError, UnsafeFileError) as error:  # in what is read
         return tell(error, environment.rank)
     except SaveError as error:
         return tell(error, environment.rank, CANNOT_SAVE)

@@ -18,6 +18,7 @@ from .text_samples import WeightedSample
 from .tokenizer import END_OF_DOCUMENT, PADDING, load_tokenizer
 from .train_byte_level import train_byte_level
 from .train_sentencepiece import train_sentencepiece
+from .whole_folder import whole_folder
 
 KINDS = ("byte-level", "sentencepiece")
 NAMED_TOKENS = len(CONTROL_TOKENS) + len(TAGS)
@@ -67,19 +68,12 @@ def train_tokenizer_folder(sample: WeightedSample, shape: TokenizerShape, folder
     Raises:
         ValueError: as the trainers do; nothing is written then.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as partial:
         _train(sample, shape, partial)
         _write_generation_config(partial)
         _write_training_record(sample, shape, partial)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def _train(texts: Iterable[str], shape: TokenizerShape, folder: Path) -> None:

@@ -28,9 +28,9 @@ from megatron_kanana.config import Environment, load_settings
 from megatron_kanana.run_folder import held_run_folder
 settings = load_settings(sys.argv[2:], Environment(), {str(CONFIG_DIR)!r})
 with held_run_folder(settings):
-    child = 0 if os.fork() else 1
-    if child:
+    if os.fork() == 0:
         time.sleep(60)
+        os._exit(0)
     print("holds", flush=True)
     time.sleep(float(sys.argv[1]))
 """
@@ -42,7 +42,6 @@ def words(folder: Path, seconds: float) -> tuple[str, ...]:
         "experiment=small",
         "device=cpu",
         f"output_dir={folder}",
-        f"data.cache_dir={folder / 'cache'}",
         "run_name=one",
         "stop_after_step=2",
         f"watchdog.other_job_timeout={seconds}",
@@ -69,12 +68,15 @@ def another_job(folder: Path, seconds: float) -> Iterator[subprocess.Popen[str]]
         process.wait()
 
 
-def test_a_second_job_is_refused_by_name_and_the_first_ones_files_stay(tmp_path: Path) -> None:
+def test_a_second_job_is_refused_by_name_and_the_first_ones_files_stay(
+    tmp_path: Path, cache_dir: Path
+) -> None:
     half = tmp_path / "one" / "checkpoints" / "step_00000007.partial"
     half.mkdir(parents=True)
     (half / "file").write_text("half")
     (tmp_path / "one" / "metrics.jsonl").write_text("")
     job = ("-m", "megatron_kanana.train", "--config-dir", str(CONFIG_DIR), *words(tmp_path, 0.5))
+    job = (*job, f"data.cache_dir={cache_dir}")
     with another_job(tmp_path, 60) as first:
         second = run_python(*job, processes=2)
         assert second.returncode == WRONG_CONFIGURATION
