@@ -79,12 +79,14 @@ class Head(nn.Module):
         inputs.hidden_states_TD.grad = None
 
 
-def ours(backend: str, *, weights_are_known: bool = True) -> Losses:
+def ours(backend: str, *, weights_are_known: bool = True, fp8: bool = False) -> Losses:
     """This project's."""
 
     def losses(hidden: Any, weight: Any, labels: Any, weights: Any) -> torch.Tensor:
         known = weights if weights_are_known else None
-        result: torch.Tensor = linear_cross_entropy(hidden, weight, labels, known, backend=backend)
+        result: torch.Tensor = linear_cross_entropy(
+            hidden, weight, labels, known, backend=backend, fp8=fp8
+        )
         return result
 
     return losses
@@ -94,6 +96,7 @@ def contenders() -> Iterator[tuple[str, Callable[[], Losses]]]:
     """Names, and what gives their losses or raises where they cannot run."""
     yield OURS, lambda: ours("csrc")
     yield "csrc, weights not known", lambda: ours("csrc", weights_are_known=False)
+    yield "csrc, products in fp8", lambda: ours("csrc", fp8=True)
     yield "torch backend", lambda: ours("torch")
     yield "F.linear + F.cross_entropy", lambda: _plain
     yield "megatron-core", _megatron

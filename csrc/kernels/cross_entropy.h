@@ -26,4 +26,12 @@ void cross_entropy_statistics(const CrossEntropySizes& sizes, const void* logits
 void cross_entropy_gradient(const CrossEntropySizes& sizes, void* logits, const int64_t* labels,
                             const float* statistics, const float* weights, void* stream);
 
+// The same in 8 bits (e5m2), beside the logits, which are bf16: gradient [rows, words], and
+// transposed [words, rows], whose rows are transposed_stride numbers apart. Rows, words and that
+// stride are multiples of 16, rows at most 128 * 65535; transposed begins at a multiple of 8 bytes.
+void cross_entropy_gradient_fp8(const CrossEntropySizes& sizes, const void* logits,
+                                const int64_t* labels, const float* statistics,
+                                const float* weights, void* gradient, void* transposed,
+                                int64_t transposed_stride, void* stream);
+
 }  // namespace megatron_kanana

@@ -52,6 +52,9 @@ TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
   library.def(
       "cross_entropy_gradient(Tensor(a!) logits, Tensor labels, int first_word, "
       "Tensor statistics, Tensor weights) -> ()");
+  library.def(
+      "cross_entropy_gradient_fp8(Tensor logits, Tensor labels, int first_word, "
+      "Tensor statistics, Tensor weights, Tensor(a!) gradient, Tensor(b!) transposed) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(megatron_kanana, CPU, library) {

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 
 from .environment import Environment, resolve_device, resolve_fp8, resolve_precision
 from .expert_sizes import expert_layer_sizes
-from .precision_settings import FP8_RECIPES, Fp8Recipe
+from .precision_settings import (
+    FP8_RECIPES,
+    OUTPUT_LAYER_MULTIPLE,
+    OUTPUT_LAYER_TRANSFORMER_ENGINE,
+    Fp8Recipe,
+)
 from .problems import Problem
 from .schema import Settings
 
@@ -25,6 +30,8 @@ def check_precision(settings: Settings, environment: Environment) -> Iterator[Pr
             f"needs precision.experts = fp8, and it is {settings.precision.experts}",
             "set precision=fp8_blockwise_experts or precision.kept_activations=bf16",
         )
+    if settings.precision.output_layer == "fp8":
+        yield from _check_output_layer(settings, environment)
     if fp8 == "none":
         return
     recipe = FP8_RECIPES[fp8]
@@ -63,6 +70,36 @@ def _check_experts(settings: Settings, environment: Environment) -> Iterator[Pro
         yield problem(f"needs a Hopper GPU; {environment.gpu_name} is none")
     for limit in expert_layer_sizes(settings).hopper_fp8_limits_passed():
         yield problem(f"on CUDA it takes {limit}")
+
+
+def _check_output_layer(settings: Settings, environment: Environment) -> Iterator[Problem]:
+    """`precision.output_layer` = fp8 has Transformer Engine's products and a kernel."""
+    remedy = "set precision.output_layer=bf16"
+
+    def problem(reason: str, remedy: str = remedy) -> Problem:
+        return Problem("precision.output_layer", "fp8", reason, remedy)
+
+    if settings.precision.fp8 == "none":
+        yield problem(
+            "needs precision.fp8 other than none", f"set precision=fp8_blockwise, or {remedy}"
+        )
+    if resolve_device(settings.device, environment) == "cpu":
+        return
+    if settings.kernels.loss_backend == "torch":
+        yield problem("kernels.loss_backend = torch has no fp8", f"choose csrc, or {remedy}")
+    found = environment.compute_capability
+    if found is not None and found != (9, 0):
+        yield problem(f"needs a Hopper GPU; {environment.gpu_name} is none")
+    installed = environment.transformer_engine_version
+    if installed is not None and _version(installed) < OUTPUT_LAYER_TRANSFORMER_ENGINE:
+        wanted = ".".join(map(str, OUTPUT_LAYER_TRANSFORMER_ENGINE))
+        yield problem(
+            f"needs transformer-engine {wanted}; {installed} is installed",
+            f"run pip install 'transformer-engine[pytorch]>={wanted}' or {remedy}",
+        )
+    words = settings.model.padded_vocab_size // settings.parallel.tensor_parallel_size
+    if words % OUTPUT_LAYER_MULTIPLE:
+        yield problem(f"takes words in multiples of {OUTPUT_LAYER_MULTIPLE}, a process has {words}")
 
 
 def _check_machine(fp8: str, recipe: Fp8Recipe, environment: Environment) -> Iterator[Problem]:

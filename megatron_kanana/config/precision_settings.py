@@ -50,6 +50,13 @@ class PrecisionSettings:
         " of a row; a CPU leaves it out",
         choices=("bf16", "fp8"),
     )
+    output_layer: str = setting(
+        "bf16",
+        help="format of the output layer's three products in training: fp8 needs precision.fp8 and"
+        " a Hopper GPU, has one scale a tensor, and e5m2 for the logits' gradient; evaluation and"
+        " generation stay in bf16; a CPU leaves it out; read docs/precision.md before",
+        choices=("bf16", "fp8"),
+    )
     bf16_layers_at_start: int = setting(
         0, help="first transformer layers that precision.fp8 leaves out", minimum=0
     )
@@ -97,3 +104,8 @@ FP8_RECIPES = {
     "mxfp8": Fp8Recipe((10, 0), (12, 0), "Blackwell", (12, 8), (2, 1), 32, 32),
 }
 """By `precision.fp8`. mxfp8's version of CUDA is that of cuBLAS with its scales."""
+
+OUTPUT_LAYER_TRANSFORMER_ENGINE = (2, 11)
+"""Lowest version for `precision.output_layer` = fp8: `general_gemm` took other arguments before."""
+OUTPUT_LAYER_MULTIPLE = 16
+"""Of which the words of a process are multiples there."""

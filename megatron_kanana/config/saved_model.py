@@ -75,6 +75,7 @@ def settings_of_saved_model(
         "precision.fp8=none",  # single tokens are no multiples of what its products take
         "precision.experts=bf16",
         "precision.kept_activations=bf16",
+        "precision.output_layer=bf16",
     )
     return saved_settings(
         saved,

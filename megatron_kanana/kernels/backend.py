@@ -27,6 +27,7 @@ class Backends:
         norm: of norms and of the embedding's gradient, 'csrc' or 'torch'.
         loss: of `kernels.linear_cross_entropy`.
         experts_fp8: whether experts are computed in fp8 (`kernels.moe.fp8`).
+        output_layer_fp8: whether the output layer's products are in fp8 in training.
     """
 
     attention: str
@@ -36,6 +37,7 @@ class Backends:
     norm: str = "torch"
     loss: str = "torch"
     experts_fp8: bool = False
+    output_layer_fp8: bool = False
 
 
 REFERENCE = Backends(attention="torch", experts="torch")

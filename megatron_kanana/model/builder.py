@@ -91,4 +91,5 @@ def gpt_model(
         share_embeddings_and_output_weights=False,
         vp_stage=vp_stage,
         loss_backend=backends.loss,
+        loss_fp8=backends.output_layer_fp8,
     )

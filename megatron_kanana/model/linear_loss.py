@@ -49,10 +49,19 @@ class LinearLossGPTModel(GPTModel):
     Without labels it gives logits, as before.
     """
 
-    def __init__(self, *args: Any, loss_backend: str, **options: Any) -> None:
-        """As GPTModel's; `loss_backend` is one of `kernels.linear_cross_entropy`."""
+    def __init__(
+        self, *args: Any, loss_backend: str, loss_fp8: bool = False, **options: Any
+    ) -> None:
+        """As GPTModel's.
+
+        Args:
+            args, options: GPTModel's.
+            loss_backend: one of `kernels.linear_cross_entropy`.
+            loss_fp8: whether the output layer's products are in fp8 where gradients are wanted.
+        """
         super().__init__(*args, **options)
         self._loss_backend = loss_backend
+        self._loss_fp8 = loss_fp8
         self._gradient_weights: list[torch.Tensor | None] = []
         if self.post_process:
             # GPTModel builds the layer; another one would have the vocabulary's weights twice.
@@ -108,6 +117,7 @@ class LinearLossGPTModel(GPTModel):
             backend=self._loss_backend,
             tp_group=layer.tp_group if layer.tp_group.size() > 1 else None,
             sequence_parallel=layer.sequence_parallel,
+            fp8=self._loss_fp8,
         )
         losses_BS: torch.Tensor = losses_T.view(labels.t().shape).t().contiguous()
         return losses_BS

@@ -46,7 +46,10 @@ from megatron_kanana.kernels.dense import (
     choose_norm_backend,
     choose_rope_backend,
 )
-from megatron_kanana.kernels.linear_cross_entropy.backend import choose_loss_backend
+from megatron_kanana.kernels.linear_cross_entropy.backend import (
+    choose_fp8_output_layer,
+    choose_loss_backend,
+)
 from megatron_kanana.kernels.moe.backend import choose_fp8_experts, choose_moe_backend
 from megatron_kanana.model.builder import build_model
 from megatron_kanana.model.megatron_config import transformer_config
@@ -204,7 +207,10 @@ def choose_backends(settings: Settings, device: Device) -> Backends:
         device.torch_device.type,
         expert_layer_sizes(settings),
     )
-    return Backends(attention, experts, linear, rope, norm, loss, experts_fp8)
+    output_layer_fp8 = choose_fp8_output_layer(
+        settings.precision.output_layer, loss, device.torch_device.type
+    )
+    return Backends(attention, experts, linear, rope, norm, loss, experts_fp8, output_layer_fp8)
 
 
 def build_run(settings: Settings, device: Device) -> Run:

@@ -1,4 +1,5 @@
-"""csrc's losses on a Hopper GPU. Needs torch and this package alone:
+"""csrc's losses on a Hopper GPU. Needs torch and this package alone, with products in fp8
+Transformer Engine too:
 
 python -m pytest --noconftest tests/kernels/test_linear_cross_entropy_sm90.py
 """
@@ -12,6 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_kanana.kernels.linear_cross_entropy import compiled, linear_cross_entropy, plain
+from megatron_kanana.kernels.linear_cross_entropy.fp8_products import (
+    GRADIENT_OF_ONE,
+    PIECE_MULTIPLE,
+    PIECES,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -94,3 +100,145 @@ def test_a_gradient_that_is_no_multiple_of_the_weights_becomes_nan() -> None:
     weights = torch.rand(3000, device="cuda")
     linear_cross_entropy(hidden_states, weight, labels, weights, backend="csrc").sum().backward()
     assert weight.grad is not None and weight.grad.isnan().all()
+
+
+def gradients_in_fp8(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    first_word: int,
+    statistics: torch.Tensor,
+    weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In both orders; that by words lies within a larger tensor, whose rest stays as it was."""
+    rows, words = logits.shape
+    gradient = torch.full((rows, words), torch.nan, device="cuda").to(torch.float8_e5m2)
+    whole = torch.full((words, rows + 48), 1.0, device="cuda").to(torch.float8_e5m2)
+    transposed = whole[:, 16 : 16 + rows]
+    transposed.view(torch.uint8).fill_(0x7F)
+    torch.ops.megatron_kanana.cross_entropy_gradient_fp8(
+        logits, labels, first_word, statistics, weights, gradient, transposed
+    )
+    assert (whole[:, :16].float() == 1).all() and (whole[:, 16 + rows :].float() == 1).all()
+    return gradient, transposed
+
+
+@pytest.mark.parametrize("words", [16, 144, 4112, 128256])
+@pytest.mark.parametrize("rows", [16, 144, 400])
+def test_gradients_in_fp8_are_those_of_the_reference_in_both_orders(rows: int, words: int) -> None:
+    generator = torch.Generator().manual_seed(words + rows)
+    logits = (5 * torch.randn(rows, words, generator=generator)).cuda().bfloat16()
+    first_word = 100
+    labels = torch.randint(0, words + 200, (rows,), generator=generator).cuda()
+    labels[:8] = first_word + words - 1
+    weights = GRADIENT_OF_ONE * torch.rand(rows, generator=generator).cuda()
+    statistics = plain.statistics(logits, labels, first_word)
+    kept = logits.clone()
+    gradient, transposed = gradients_in_fp8(logits, labels, first_word, statistics, weights)
+    expected = logits.float()
+    plain.gradient_(expected, labels, first_word, statistics, weights)
+    assert torch.equal(logits, kept)
+    assert torch.equal(transposed.view(torch.uint8), gradient.view(torch.uint8).t())
+    found, right = gradient.float(), expected.to(torch.float8_e5m2).float()
+    # A number between two of e5m2 may be rounded to either; what is below the smallest is zero.
+    assert float((found != right).float().mean()) < 1e-3
+    torch.testing.assert_close(found, expected, rtol=0.1251, atol=2.0**-17)
+
+
+def test_a_row_that_is_not_finite_shows_in_fp8() -> None:
+    logits = torch.randn(16, 1008, device="cuda").bfloat16()
+    logits[2, 700] = torch.nan
+    labels = torch.zeros(16, dtype=torch.long, device="cuda")
+    weights = torch.ones(16, device="cuda")
+    statistics = compiled.statistics(logits, labels, 0)
+    gradient, _ = gradients_in_fp8(logits, labels, 0, statistics, weights)
+    is_bad = gradient.float().isnan().all(1)
+    assert is_bad[2] and is_bad.sum() == 1
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """To e4m3 with one scale, in float64."""
+    scale = 448 / values.detach().float().abs().max()
+    return ((values.float() * scale).to(torch.float8_e4m3fn).float() / scale).double()
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("tokens", [112, 1552])
+def test_losses_and_gradients_in_fp8_are_those_of_float64_with_the_same_roundings(
+    tokens: int, known: bool
+) -> None:
+    pytest.importorskip("transformer_engine.pytorch")
+    hidden, words = 256, 5008
+    of_chunk = PIECES * PIECE_MULTIPLE  # one of them with fewer tokens
+    generator = torch.Generator().manual_seed(tokens)
+    hidden_states = torch.randn(tokens, hidden, generator=generator).cuda().bfloat16()
+    weight: Any = torch.nn.Parameter(
+        (torch.randn(words, hidden, generator=generator) / 8).cuda().bfloat16()
+    )
+    weight.main_grad = torch.ones(words, hidden, device="cuda")
+    weight.grad_added_to_main_grad = False
+    labels = torch.randint(words, (tokens,), generator=generator).cuda()
+    weights = (torch.rand(tokens, generator=generator) < 0.7).float().cuda()
+    weights[:of_chunk] *= 0.5
+    factor = 0.37
+    losses = linear_cross_entropy(
+        hidden_states.requires_grad_(),
+        weight,
+        labels,
+        weights if known else None,
+        backend="csrc",
+        chunk_bytes=2 * of_chunk * words,
+        fp8=True,
+    )
+    (losses * weights * factor).sum().backward()
+    weight_q, exact_w = rounded(weight.detach()), weight.detach().double()
+    expected = torch.zeros(tokens, dtype=torch.float64, device="cuda")
+    grad_hidden, exact_hidden = (
+        torch.zeros(tokens, hidden, dtype=torch.float64, device="cuda") for _ in range(2)
+    )
+    grad_weight, exact_weight = (
+        torch.ones(words, hidden, dtype=torch.float64, device="cuda") for _ in range(2)
+    )
+    for chunk in (slice(first, first + of_chunk) for first in range(0, tokens, of_chunk)):
+        rows = rounded(hidden_states.detach()[chunk])
+        of_piece = [rounded(piece) for piece in hidden_states.detach()[chunk].split(PIECE_MULTIPLE)]
+        logits = (torch.cat(of_piece) @ weight_q.T).bfloat16().double()
+        expected[chunk] = F.cross_entropy(logits, labels[chunk], reduction="none")
+        of_row = weights[chunk, None].double() * factor
+        gradient = (logits.softmax(1) - F.one_hot(labels[chunk], words)) * of_row
+        scale = GRADIENT_OF_ONE / of_row.max()
+        gradient_q = (gradient * scale).float().to(torch.float8_e5m2).double() / scale
+        grad_hidden[chunk] = gradient_q @ weight_q
+        exact_hidden[chunk] = gradient @ exact_w
+        grad_weight += gradient_q.T @ rows
+        exact_weight += gradient.T @ hidden_states.detach()[chunk].double()
+    for found, value, tolerance in (
+        (losses, expected, 2e-3),
+        (hidden_states.grad, grad_hidden, 1e-2),
+        (weight.main_grad - 1, grad_weight - 1, 1e-2),
+        (hidden_states.grad, exact_hidden, 0.08),
+        (weight.main_grad - 1, exact_weight - 1, 0.08),
+    ):
+        assert found is not None
+        assert float((found.double() - value).norm() / value.norm()) < tolerance
+
+
+def test_a_chunk_in_fp8_whose_losses_do_not_count_adds_nothing() -> None:
+    pytest.importorskip("transformer_engine.pytorch")
+    hidden_states = torch.randn(64, 32, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(128, 32, device="cuda").bfloat16().requires_grad_()
+    labels = torch.randint(128, (64,), device="cuda")
+    weights = torch.zeros(64, device="cuda")
+    losses = linear_cross_entropy(hidden_states, weight, labels, weights, backend="csrc", fp8=True)
+    (losses * weights).sum().backward()
+    for gradient in (hidden_states.grad, weight.grad):
+        assert gradient is not None and not gradient.any()
+
+
+def test_sizes_between_the_multiples_of_fp8_are_refused() -> None:
+    hidden_states = torch.randn(24, 32, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(128, 32, device="cuda").bfloat16()
+    labels = torch.randint(128, (24,), device="cuda")
+    with pytest.raises(
+        RuntimeError, match=r"precision.output_layer = fp8: hidden states .* multiples of 16, got"
+    ):
+        linear_cross_entropy(hidden_states, weight, labels, backend="csrc", fp8=True)

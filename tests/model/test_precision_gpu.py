@@ -51,6 +51,7 @@ EXPERTS_IN_FP8 = {
         "precision=fp8_blockwise_experts",
         "precision.kept_activations=fp8",
     ),
+    "experts and output layer": ("precision=fp8_blockwise_output_layer",),
 }
 
 

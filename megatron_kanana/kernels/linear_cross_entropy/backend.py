@@ -31,6 +31,36 @@ def choose_loss_backend(requested: str, device_type: str) -> str:
     return backend
 
 
+def choose_fp8_output_layer(requested: str, backend: str, device_type: str) -> bool:
+    """Whether the output layer's products are in fp8 in training; a CPU leaves it out.
+
+    Args:
+        requested: `precision.output_layer`: 'bf16' or 'fp8'.
+        backend: of the losses.
+        device_type: 'cuda' or 'cpu'.
+
+    Raises:
+        RuntimeError: fp8 was asked for and cannot be used here.
+    """
+    if requested == "bf16":
+        return False
+    if device_type == "cpu":
+        logger.info("output layer without fp8 (a CPU has none)")
+        return False
+    if (error := _fp8_error(backend)) is not None:
+        raise RuntimeError(f"precision.output_layer = fp8: {error}; or set it to bf16")
+    logger.info("output layer in fp8 (asked for by precision.output_layer)")
+    return True
+
+
+def _fp8_error(backend: str) -> str | None:
+    if backend != "csrc":
+        return f"kernels.loss_backend is {backend}, and csrc alone has fp8"
+    if not has_operation_for("cross_entropy_gradient_fp8", "CUDA"):
+        return "the compiled operations have no losses in fp8 (build them again)"
+    return None
+
+
 def _csrc_error(device_type: str) -> str | None:
     if (error := native_library_error()) is not None:
         return error

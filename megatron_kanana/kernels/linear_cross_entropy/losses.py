@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..weight_gradients import gradient_buffer, gradient_to_return
-from .products import add_product_
+from .products import HeadGradients, OwnFormatProducts, Products
 from .vocabulary import Vocabulary
 
 PROPORTIONAL = 1e-4
@@ -29,18 +31,24 @@ def losses_alone(
     labels_T: torch.Tensor,
 ) -> torch.Tensor:
     """Losses without gradients, fp32 [T]."""
-    return _losses(
-        _statistics(vocabulary, vocabulary.gather(hidden_states_TD), weight_VD, labels_T)
-    )
+    products = OwnFormatProducts(vocabulary, vocabulary.gather(hidden_states_TD), weight_VD)
+    return _losses(_statistics(vocabulary, products, weight_VD, labels_T))
+
+
+def _chunks(
+    vocabulary: Vocabulary, products: Products, weight_VD: torch.Tensor, num_tokens: int
+) -> Iterator[slice]:
+    of_token = math.ceil(weight_VD.shape[0] * products.bytes_per_logit(weight_VD))
+    return vocabulary.chunks(num_tokens, of_token, products.token_multiple)
 
 
 def _statistics(
-    vocabulary: Vocabulary, all_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
+    vocabulary: Vocabulary, products: Products, weight_VD: torch.Tensor, labels_T: torch.Tensor
 ) -> torch.Tensor:
     """Of all tokens, a chunk at a time, fp32 [3, T]."""
     parts = []
-    for chunk in vocabulary.chunks(weight_VD, len(labels_T)):
-        logits_CV = vocabulary.logits(all_TD[chunk], weight_VD)
+    for chunk in _chunks(vocabulary, products, weight_VD, len(labels_T)):
+        logits_CV = products.logits(chunk)
         parts.append(vocabulary.statistics(logits_CV, weight_VD, labels_T[chunk]))
         del logits_CV  # before the next chunk's are there
     return torch.cat(parts, dim=1)
@@ -63,21 +71,22 @@ class LaterGradients(torch.autograd.Function):
     def forward(
         ctx: Any,
         vocabulary: Vocabulary,
+        products_of: type[Products],
         hidden_states_TD: torch.Tensor,
         weight_VD: torch.Tensor,
         labels_T: torch.Tensor,
     ) -> torch.Tensor:
-        all_TD = vocabulary.gather(hidden_states_TD)
+        products = products_of(vocabulary, vocabulary.gather(hidden_states_TD), weight_VD)
         keeps = not weight_gradient_is_smaller(weight_VD, labels_T)
         logits_TV = None
         if keeps:
-            logits_TV = vocabulary.logits(all_TD, weight_VD)
+            logits_TV = products.logits(slice(0, len(labels_T)))
             statistics_3T = vocabulary.statistics(logits_TV, weight_VD, labels_T)
         else:
-            statistics_3T = _statistics(vocabulary, all_TD, weight_VD, labels_T)
+            statistics_3T = _statistics(vocabulary, products, weight_VD, labels_T)
         ctx.save_for_backward(hidden_states_TD, weight_VD, labels_T, statistics_3T, logits_TV)
         # What activation recompute gives back has lost `main_grad`.
-        ctx.vocabulary, ctx.parameter = vocabulary, weight_VD
+        ctx.vocabulary, ctx.products_of, ctx.parameter = vocabulary, products_of, weight_VD
         return _losses(statistics_3T)
 
     @staticmethod
@@ -86,8 +95,9 @@ class LaterGradients(torch.autograd.Function):
         hidden_states_TD, weight_VD, labels_T, statistics_3T, logits_TV = ctx.saved_tensors
         vocabulary: Vocabulary = ctx.vocabulary
         all_TD = vocabulary.gather(hidden_states_TD)
+        products: Products = ctx.products_of(vocabulary, all_TD, weight_VD)
         grad_T = grad_T.float().contiguous()
-        _, learns_hidden, learns_weight, _ = ctx.needs_input_grad
+        _, _, learns_hidden, learns_weight, _ = ctx.needs_input_grad
         grad_hidden_TD = torch.empty_like(all_TD) if learns_hidden else None
         buffer_VD = gradient_buffer(ctx.parameter) if learns_weight else None
         if logits_TV is not None:
@@ -95,23 +105,21 @@ class LaterGradients(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits_TV)
             chunks = [slice(0, len(labels_T))]
         else:
-            chunks = list(vocabulary.chunks(weight_VD, len(labels_T)))
+            chunks = list(_chunks(vocabulary, products, weight_VD, len(labels_T)))
+        to = HeadGradients(grad_hidden_TD, buffer_VD)
         for chunk in chunks:
-            logits_CV = logits_TV
-            if logits_CV is None:
-                logits_CV = vocabulary.logits(all_TD[chunk], weight_VD)
-            vocabulary.gradient_(
-                logits_CV, weight_VD, labels_T[chunk], statistics_3T[:, chunk], grad_T[chunk]
+            products.add_gradients(
+                chunk,
+                labels_T,
+                grad_T,
+                to,
+                logits_CV=logits_TV,
+                statistics_3C=statistics_3T[:, chunk],
             )
-            if grad_hidden_TD is not None:
-                torch.mm(logits_CV, weight_VD, out=grad_hidden_TD[chunk])
-            if buffer_VD is not None:
-                add_product_(buffer_VD, logits_CV, all_TD[chunk], to_what_is_there=True)
-            del logits_CV  # before the next chunk's are there
         if grad_hidden_TD is not None:
             grad_hidden_TD = vocabulary.reduce(grad_hidden_TD)
         returned_VD = None if buffer_VD is None else gradient_to_return(ctx.parameter, buffer_VD)
-        return None, grad_hidden_TD, returned_VD, None
+        return None, None, grad_hidden_TD, returned_VD, None
 
 
 class EagerGradients(torch.autograd.Function):
@@ -124,32 +132,27 @@ class EagerGradients(torch.autograd.Function):
     def forward(
         ctx: Any,
         vocabulary: Vocabulary,
+        products_of: type[Products],
         hidden_states_TD: torch.Tensor,
         weight_VD: torch.Tensor,
         labels_T: torch.Tensor,
         weights_T: torch.Tensor,
     ) -> torch.Tensor:
         all_TD = vocabulary.gather(hidden_states_TD)
-        _, learns_hidden, learns_weight, _, _ = ctx.needs_input_grad
+        products = products_of(vocabulary, all_TD, weight_VD)
+        _, _, learns_hidden, learns_weight, _, _ = ctx.needs_input_grad
         grad_hidden_TD = torch.empty_like(all_TD) if learns_hidden else None
         grad_weight_VD = None
         if learns_weight:
             grad_weight_VD = torch.empty_like(weight_VD, dtype=torch.float32)
+        to = HeadGradients(grad_hidden_TD, grad_weight_VD)
         parts = []
-        for chunk in vocabulary.chunks(weight_VD, len(labels_T)):
-            logits_CV = vocabulary.logits(all_TD[chunk], weight_VD)
-            statistics_3C = vocabulary.statistics(logits_CV, weight_VD, labels_T[chunk])
-            parts.append(_losses(statistics_3C))
-            vocabulary.gradient_(
-                logits_CV, weight_VD, labels_T[chunk], statistics_3C, weights_T[chunk]
+        for chunk in _chunks(vocabulary, products, weight_VD, len(labels_T)):
+            is_first = chunk.start == 0
+            statistics_3C = products.add_gradients(
+                chunk, labels_T, weights_T, to, to_what_is_there=not is_first
             )
-            if grad_hidden_TD is not None:
-                torch.mm(logits_CV, weight_VD, out=grad_hidden_TD[chunk])
-            if grad_weight_VD is not None:
-                add_product_(
-                    grad_weight_VD, logits_CV, all_TD[chunk], to_what_is_there=chunk.start > 0
-                )
-            del logits_CV  # before the next chunk's are there
+            parts.append(_losses(statistics_3C))
         if grad_hidden_TD is not None:
             grad_hidden_TD = vocabulary.reduce(grad_hidden_TD)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD, weights_T)
@@ -168,7 +171,7 @@ class EagerGradients(torch.autograd.Function):
             buffer_VD = gradient_buffer(ctx.parameter)
             buffer_VD.addcmul_(grad_weight_VD, factor)
             returned_VD = gradient_to_return(ctx.parameter, buffer_VD)
-        return None, grad_hidden_TD, returned_VD, None, None
+        return None, None, grad_hidden_TD, returned_VD, None, None
 
 
 def _factor(grad_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:

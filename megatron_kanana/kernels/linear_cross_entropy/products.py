@@ -1,20 +1,141 @@
-"""Products of gradients, summed in fp32."""
+"""The three products of an output layer, and what lies between them, a chunk of tokens at a time.
+
+Shape suffixes: those of the package.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
 import torch
 
+from .vocabulary import Vocabulary
 
-def add_product_(
-    sums_VD: torch.Tensor, left_CV: torch.Tensor, right_CD: torch.Tensor, *, to_what_is_there: bool
-) -> None:
-    """sums = left^T right, or sums += left^T right.
+ALIGNED_WORDS = 8
+"""Rows of logits begin at multiples of it: 16 bytes in bf16, which kernels load at once."""
 
-    Args:
-        sums_VD: fp32.
-        left_CV, right_CD: fp32 or bf16.
-        to_what_is_there: whether it is added to; else `sums_VD` may hold anything before.
+
+@dataclass(frozen=True)
+class HeadGradients:
+    """What gradients of a chunk are written to.
+
+    Attributes:
+        hidden_states_TD: of all tokens, in their dtype; None where it is not wanted.
+        weight_VD: fp32 sums; None where they are not wanted.
     """
+
+    hidden_states_TD: torch.Tensor | None
+    weight_VD: torch.Tensor | None
+
+
+class Products(Protocol):
+    """An output layer's products with the hidden states of all tokens.
+
+    Attributes:
+        token_multiple: of which the tokens of a chunk are multiples, but for the last one.
+    """
+
+    token_multiple: ClassVar[int]
+
+    def __init__(
+        self, vocabulary: Vocabulary, hidden_states_TD: torch.Tensor, weight_VD: torch.Tensor
+    ) -> None: ...
+
+    @staticmethod
+    def bytes_per_logit(weight_VD: torch.Tensor) -> float:
+        """Of a chunk's logits and what is made of them."""
+
+    def logits(self, chunk: slice) -> torch.Tensor:
+        """Of a chunk, [C, V]."""
+
+    def add_gradients(
+        self,
+        chunk: slice,
+        labels_T: torch.Tensor,
+        weights_T: torch.Tensor,
+        to: HeadGradients,
+        *,
+        logits_CV: torch.Tensor | None = None,
+        statistics_3C: torch.Tensor | None = None,
+        to_what_is_there: bool = True,
+    ) -> torch.Tensor:
+        """Gradients of the weighted losses of a chunk.
+
+        Args:
+            chunk: the tokens.
+            labels_T: of all tokens.
+            weights_T: gradient of each loss, fp32, of all tokens.
+            to: where they go; the hidden states' of this chunk is set.
+            logits_CV: of the chunk, which may be overwritten; None computes them.
+            statistics_3C: of the chunk, of the whole vocabulary; None computes them.
+            to_what_is_there: whether the weight's is added to; else it may hold anything before.
+
+        Returns:
+            The statistics.
+        """
+
+
+class OwnFormatProducts:
+    """`Products` in the dtype of hidden states and weight, by torch."""
+
+    token_multiple: ClassVar[int] = 1
+
+    def __init__(
+        self, vocabulary: Vocabulary, hidden_states_TD: torch.Tensor, weight_VD: torch.Tensor
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._hidden_states_TD = hidden_states_TD
+        self._weight_VD = weight_VD
+
+    @staticmethod
+    def bytes_per_logit(weight_VD: torch.Tensor) -> float:
+        """The gradient takes the logits' place."""
+        return weight_VD.itemsize
+
+    def logits(self, chunk: slice) -> torch.Tensor:
+        """As `Products.logits`, each row beginning at a multiple of `ALIGNED_WORDS`."""
+        hidden_states_CD = self._hidden_states_TD[chunk]
+        words = self._weight_VD.shape[0]
+        padded = -(-words // ALIGNED_WORDS) * ALIGNED_WORDS
+        padded_CV = hidden_states_CD.new_empty(hidden_states_CD.shape[0], padded)
+        # oneDNN's bf16 products with AMX read behind a row's end and multiply that by zero, which
+        # gives NaN where memory holds one (uxlfoundation/oneDNN, issue 5717).
+        padded_CV[:, words:].zero_()
+        return torch.mm(hidden_states_CD, self._weight_VD.t(), out=padded_CV[:, :words])
+
+    def add_gradients(
+        self,
+        chunk: slice,
+        labels_T: torch.Tensor,
+        weights_T: torch.Tensor,
+        to: HeadGradients,
+        *,
+        logits_CV: torch.Tensor | None = None,
+        statistics_3C: torch.Tensor | None = None,
+        to_what_is_there: bool = True,
+    ) -> torch.Tensor:
+        """As `Products.add_gradients`."""
+        vocabulary, weight_VD, labels_C = self._vocabulary, self._weight_VD, labels_T[chunk]
+        if logits_CV is None:
+            logits_CV = self.logits(chunk)
+        if statistics_3C is None:
+            statistics_3C = vocabulary.statistics(logits_CV, weight_VD, labels_C)
+        first_word = vocabulary.first_word(weight_VD)
+        vocabulary.rows.gradient_(
+            logits_CV, labels_C, first_word, statistics_3C.contiguous(), weights_T[chunk]
+        )
+        if to.hidden_states_TD is not None:
+            torch.mm(logits_CV, weight_VD, out=to.hidden_states_TD[chunk])
+        if to.weight_VD is not None:
+            _add_product_(to.weight_VD, logits_CV, self._hidden_states_TD[chunk], to_what_is_there)
+        return statistics_3C
+
+
+def _add_product_(
+    sums_VD: torch.Tensor, left_CV: torch.Tensor, right_CD: torch.Tensor, to_what_is_there: bool
+) -> None:
+    """sums = left^T right, or sums += left^T right, summed in fp32."""
     beta = 1 if to_what_is_there else 0
     left_VC = left_CV.t()
     if right_CD.dtype == torch.float32:

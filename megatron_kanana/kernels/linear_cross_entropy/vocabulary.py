@@ -9,9 +9,6 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
-ALIGNED_WORDS = 8
-"""Rows of logits begin at multiples of it: 16 bytes in bf16, which kernels load at once."""
-
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -68,23 +65,19 @@ class Vocabulary:
                     f"{[*tensor.shape]}"
                 )
 
-    def chunks(self, weight_VD: torch.Tensor, num_tokens: int) -> Iterator[slice]:
-        """Slices of tokens, as equal as can be; an empty one if there are no tokens."""
-        most = max(1, self.chunk_bytes // (weight_VD.shape[0] * weight_VD.itemsize))
-        count = max(1, -(-num_tokens // most))
-        size = -(-num_tokens // count)
-        for chunk in range(count):
-            yield slice(chunk * size, min((chunk + 1) * size, num_tokens))
+    def chunks(self, num_tokens: int, bytes_per_token: int, multiple: int) -> Iterator[slice]:
+        """Slices of tokens, as equal as can be; an empty one if there are no tokens.
 
-    def logits(self, hidden_states_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-        """[C, V], each row beginning at a multiple of `ALIGNED_WORDS`."""
-        words = weight_VD.shape[0]
-        padded = -(-words // ALIGNED_WORDS) * ALIGNED_WORDS
-        padded_CV = hidden_states_CD.new_empty(hidden_states_CD.shape[0], padded)
-        # oneDNN's bf16 products with AMX read behind a row's end and multiply that by zero, which
-        # gives NaN where memory holds one (uxlfoundation/oneDNN, issue 5717).
-        padded_CV[:, words:].zero_()
-        return torch.mm(hidden_states_CD, weight_VD.t(), out=padded_CV[:, :words])
+        Args:
+            num_tokens: of all slices.
+            bytes_per_token: of a chunk, which has at most `chunk_bytes` where `multiple` allows.
+            multiple: of which each slice's tokens are multiples, but for the last one.
+        """
+        most = max(1, self.chunk_bytes // (bytes_per_token * multiple)) * multiple
+        count = max(1, -(-num_tokens // most))
+        size = max(1, -(-num_tokens // (count * multiple)) * multiple)
+        for first in range(0, max(1, num_tokens), size):
+            yield slice(first, min(first + size, num_tokens))
 
     def statistics(
         self, logits_CV: torch.Tensor, weight_VD: torch.Tensor, labels_C: torch.Tensor
@@ -99,19 +92,6 @@ class Vocabulary:
         largest_C = largest_PC.amax(0)
         sum_C = ((largest_PC - largest_C).exp() * sum_PC).sum(0)
         return torch.stack([largest_C, sum_C, of_label_PC.sum(0)])
-
-    def gradient_(
-        self,
-        logits_CV: torch.Tensor,
-        weight_VD: torch.Tensor,
-        labels_C: torch.Tensor,
-        statistics_3C: torch.Tensor,
-        weights_C: torch.Tensor,
-    ) -> None:
-        """Put the gradient of the weighted losses in the logits' place."""
-        first_word = self.first_word(weight_VD)
-        statistics_3C = statistics_3C.contiguous()
-        self.rows.gradient_(logits_CV, labels_C, first_word, statistics_3C, weights_C)
 
     def gather(self, hidden_states_TD: torch.Tensor) -> torch.Tensor:
         """Hidden states of all tokens, from this process's."""

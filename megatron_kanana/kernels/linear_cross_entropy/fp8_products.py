@@ -1,0 +1,184 @@
+"""The output layer's products in fp8, by Transformer Engine, on Hopper.
+
+Hidden states of a chunk and the weight are e4m3 with one scale a tensor, of its present values; the
+logits' gradient is e5m2, whose range holds what lies between a probability of 1 and one of 2e-9.
+That range is known beforehand, so nobody looks for the largest gradient. A chunk's logits stay in
+bf16. Sums are in fp32, of the logits' product in the tensor cores' own precision, as Transformer
+Engine's recipe has it (`recipe.Float8CurrentScaling`).
+
+Shape suffixes: those of the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from ..native import load_native_operations
+from .products import HeadGradients
+from .vocabulary import Vocabulary
+
+_operations = torch.ops.megatron_kanana
+
+GRADIENT_OF_ONE = 2.0**15
+"""What the gradient of the largest weight's loss becomes where the probability is off by one: a
+power of two with room below e5m2's largest number, 57,344."""
+SMALLEST_WEIGHT = 1e-30
+"""Stands for the largest weight of a chunk in which no loss counts."""
+MULTIPLE = 16
+"""Of which sizes of fp8 products and numbers of tokens are multiples."""
+PIECES = 4
+"""Of a chunk. The weight's gradient reads and writes sums of four bytes a weight, which pays where
+many tokens are added at once; logits take most memory, and are there a piece at a time."""
+PIECE_MULTIPLE = 128
+"""Of which the tokens of a piece are multiples where there are as many: a product's tile has so."""
+
+
+class Fp8Products:
+    """`Products` of bf16 hidden states and weight, with sizes in multiples of `MULTIPLE`."""
+
+    token_multiple: ClassVar[int] = PIECES * PIECE_MULTIPLE
+
+    def __init__(
+        self, vocabulary: Vocabulary, hidden_states_TD: torch.Tensor, weight_VD: torch.Tensor
+    ) -> None:
+        """Makes fp8 copies of the weight.
+
+        Raises:
+            RuntimeError: sizes are no such multiples, or a tensor is not in bf16 on a GPU.
+        """
+        for name, tensor in (("hidden states", hidden_states_TD), ("weight", weight_VD)):
+            is_divided = all(size % MULTIPLE == 0 for size in tensor.shape)
+            if not is_divided or tensor.dtype != torch.bfloat16 or not tensor.is_cuda:
+                raise RuntimeError(
+                    f"precision.output_layer = fp8: {name} must be bfloat16 on a GPU, in multiples"
+                    f" of {MULTIPLE}, got {tensor.dtype} {tuple(tensor.shape)} on"
+                    f" {tensor.device}; set precision.output_layer=bf16"
+                )
+        load_native_operations("kernels.loss_backend")
+        self._vocabulary = vocabulary
+        self._hidden_states_TD = hidden_states_TD
+        self._weight_VD = weight_VD
+        self._quantized_weight = _quantize(weight_VD)
+
+    @staticmethod
+    def bytes_per_logit(weight_VD: torch.Tensor) -> float:
+        """The gradient by words, and of a piece logits and gradient by tokens."""
+        return 1 + (weight_VD.itemsize + 1) / PIECES
+
+    def logits(self, chunk: slice) -> torch.Tensor:
+        """As `Products.logits`, in bf16."""
+        hidden_states_CD = self._hidden_states_TD[chunk]
+        logits_CV = hidden_states_CD.new_empty(hidden_states_CD.shape[0], self._weight_VD.shape[0])
+        if len(logits_CV):
+            quantized = _quantize(hidden_states_CD, transposed=False)
+            _multiply(self._quantized_weight, quantized, "TN", logits_CV, promotes_sums=False)
+        return logits_CV
+
+    def add_gradients(
+        self,
+        chunk: slice,
+        labels_T: torch.Tensor,
+        weights_T: torch.Tensor,
+        to: HeadGradients,
+        *,
+        logits_CV: torch.Tensor | None = None,
+        statistics_3C: torch.Tensor | None = None,
+        to_what_is_there: bool = True,
+    ) -> torch.Tensor:
+        """As `Products.add_gradients`."""
+        hidden_states_CD, weights_C = self._hidden_states_TD[chunk], weights_T[chunk]
+        tokens, words = hidden_states_CD.shape[0], self._weight_VD.shape[0]
+        if tokens == 0:
+            if to.weight_VD is not None and not to_what_is_there:
+                to.weight_VD.zero_()
+            return weights_C.new_empty(3, 0)
+        largest = weights_C.abs().amax().clamp_min(SMALLEST_WEIGHT)
+        scaled_T = weights_T * (GRADIENT_OF_ONE / largest)
+        scale = largest / GRADIENT_OF_ONE
+        by_word_VC = hidden_states_CD.new_empty(words, tokens, dtype=torch.float8_e5m2)
+        parts = []
+        size = -(-tokens // (PIECES * PIECE_MULTIPLE)) * PIECE_MULTIPLE
+        for first in range(0, tokens, size):
+            part = slice(first, min(first + size, tokens))
+            piece = slice(chunk.start + part.start, chunk.start + part.stop)
+            logits_PV = self.logits(piece) if logits_CV is None else logits_CV[part]
+            labels_P = labels_T[piece]
+            if statistics_3C is None:
+                parts.append(self._vocabulary.statistics(logits_PV, self._weight_VD, labels_P))
+            else:
+                parts.append(statistics_3C[:, part])
+            by_token_PV = torch.empty_like(logits_PV, dtype=torch.float8_e5m2)
+            _operations.cross_entropy_gradient_fp8(
+                logits_PV,
+                labels_P,
+                self._vocabulary.first_word(self._weight_VD),
+                parts[-1].contiguous(),
+                scaled_T[piece],
+                by_token_PV,
+                by_word_VC[:, part],
+            )
+            del logits_PV  # before the next piece's are there
+            if to.hidden_states_TD is not None:
+                gradient = _with_scale(scale, by_token_PV, None)
+                _multiply(self._quantized_weight, gradient, "NN", to.hidden_states_TD[piece])
+        if to.weight_VD is not None:
+            gradient = _with_scale(scale, None, by_word_VC)
+            quantized = _quantize(hidden_states_CD)
+            _multiply(quantized, gradient, "NT", to.weight_VD, accumulate=to_what_is_there)
+        return torch.cat(parts, dim=1)
+
+
+def _quantize(values: torch.Tensor, *, transposed: bool = True) -> Any:
+    """In e4m3, in the order of the rows and in that of the columns."""
+    from transformer_engine.pytorch import Float8CurrentScalingQuantizer
+    from transformer_engine.pytorch.constants import TE_DType
+
+    quantizer = Float8CurrentScalingQuantizer(
+        TE_DType[torch.float8_e4m3fn], values.device, columnwise=transposed
+    )
+    return quantizer(values.detach())
+
+
+def _with_scale(
+    scale: torch.Tensor, data: torch.Tensor | None, transposed: torch.Tensor | None
+) -> Any:
+    """Numbers in e5m2, in either order, as Transformer Engine has them."""
+    from transformer_engine.pytorch.constants import TE_DType
+    from transformer_engine.pytorch.tensor import Float8TensorStorage
+
+    return Float8TensorStorage(
+        data=None if data is None else data.view(torch.uint8),
+        data_transpose=None if transposed is None else transposed.view(torch.uint8),
+        fp8_scale_inv=scale.view(1),
+        fp8_dtype=TE_DType[torch.float8_e5m2],
+    )
+
+
+def _multiply(
+    a: Any,
+    b: Any,
+    layout: str,
+    out: torch.Tensor,
+    *,
+    accumulate: bool = False,
+    promotes_sums: bool = True,
+) -> None:
+    """A product of linear layers in Transformer Engine's words: out = b a^T (TN), b a (NN) or
+    b^T a (NT), or what was there and that.
+
+    `promotes_sums`: whether tensor cores hand their sums on, as their own have fewer bits than
+    fp32 has; needed where thousands of numbers are added.
+    """
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    general_gemm(
+        a,
+        b,
+        out_dtype=out.dtype,
+        layout=layout,
+        out=out,
+        accumulate=accumulate,
+        use_split_accumulator=promotes_sums,
+    )
