@@ -1,6 +1,6 @@
 """The output layer's products in fp8, by Transformer Engine, on Hopper.
 
-Hidden states of a chunk and the weight are e4m3 with one scale a tensor, of its present values; the
+Hidden states of a chunk and the weight are e4m3 with one scale each, of their present values; the
 logits' gradient is e5m2, whose range holds what lies between a probability of 1 and one of 2e-9.
 That range is known beforehand, so nobody looks for the largest gradient. A chunk's logits stay in
 bf16. Sums are in fp32, of the logits' product in the tensor cores' own precision, as Transformer
@@ -70,11 +70,18 @@ class Fp8Products:
     def logits(self, chunk: slice) -> torch.Tensor:
         """As `Products.logits`, in bf16."""
         hidden_states_CD = self._hidden_states_TD[chunk]
-        logits_CV = hidden_states_CD.new_empty(hidden_states_CD.shape[0], self._weight_VD.shape[0])
-        if len(logits_CV):
-            quantized = _quantize(hidden_states_CD, transposed=False)
-            _multiply(self._quantized_weight, quantized, "TN", logits_CV, promotes_sums=False)
-        return logits_CV
+        if len(hidden_states_CD) == 0:
+            return hidden_states_CD.new_empty(0, self._weight_VD.shape[0])
+        return self._logits(_quantize(hidden_states_CD), slice(0, len(hidden_states_CD)))
+
+    def _logits(self, quantized_CD: Any, part: slice) -> torch.Tensor:
+        """Of a part of a chunk, whose hidden states have one scale."""
+        whole = quantized_CD.get_metadata()
+        rows_PD = _with_scale(whole["fp8_scale_inv"], torch.float8_e4m3fn, whole["data"][part])
+        words = self._weight_VD.shape[0]
+        logits_PV = self._weight_VD.new_empty(part.stop - part.start, words)
+        _multiply(self._quantized_weight, rows_PD, "TN", logits_PV, promotes_sums=False)
+        return logits_PV
 
     def add_gradients(
         self,
@@ -95,15 +102,16 @@ class Fp8Products:
                 to.weight_VD.zero_()
             return weights_C.new_empty(3, 0)
         largest = weights_C.abs().amax().clamp_min(SMALLEST_WEIGHT)
-        scaled_T = weights_T * (GRADIENT_OF_ONE / largest)
+        scaled_C = weights_C * (GRADIENT_OF_ONE / largest)
         scale = largest / GRADIENT_OF_ONE
+        quantized_CD = _quantize(hidden_states_CD)
         by_word_VC = hidden_states_CD.new_empty(words, tokens, dtype=torch.float8_e5m2)
         parts = []
         size = -(-tokens // (PIECES * PIECE_MULTIPLE)) * PIECE_MULTIPLE
         for first in range(0, tokens, size):
             part = slice(first, min(first + size, tokens))
             piece = slice(chunk.start + part.start, chunk.start + part.stop)
-            logits_PV = self.logits(piece) if logits_CV is None else logits_CV[part]
+            logits_PV = self._logits(quantized_CD, part) if logits_CV is None else logits_CV[part]
             labels_P = labels_T[piece]
             if statistics_3C is None:
                 parts.append(self._vocabulary.statistics(logits_PV, self._weight_VD, labels_P))
@@ -115,36 +123,36 @@ class Fp8Products:
                 labels_P,
                 self._vocabulary.first_word(self._weight_VD),
                 parts[-1].contiguous(),
-                scaled_T[piece],
+                scaled_C[part],
                 by_token_PV,
                 by_word_VC[:, part],
             )
             del logits_PV  # before the next piece's are there
             if to.hidden_states_TD is not None:
-                gradient = _with_scale(scale, by_token_PV, None)
+                gradient = _with_scale(scale, torch.float8_e5m2, by_token_PV)
                 _multiply(self._quantized_weight, gradient, "NN", to.hidden_states_TD[piece])
         if to.weight_VD is not None:
-            gradient = _with_scale(scale, None, by_word_VC)
-            quantized = _quantize(hidden_states_CD)
-            _multiply(quantized, gradient, "NT", to.weight_VD, accumulate=to_what_is_there)
+            gradient = _with_scale(scale, torch.float8_e5m2, None, by_word_VC)
+            _multiply(quantized_CD, gradient, "NT", to.weight_VD, accumulate=to_what_is_there)
         return torch.cat(parts, dim=1)
 
 
-def _quantize(values: torch.Tensor, *, transposed: bool = True) -> Any:
+def _quantize(values: torch.Tensor) -> Any:
     """In e4m3, in the order of the rows and in that of the columns."""
     from transformer_engine.pytorch import Float8CurrentScalingQuantizer
     from transformer_engine.pytorch.constants import TE_DType
 
-    quantizer = Float8CurrentScalingQuantizer(
-        TE_DType[torch.float8_e4m3fn], values.device, columnwise=transposed
-    )
+    quantizer = Float8CurrentScalingQuantizer(TE_DType[torch.float8_e4m3fn], values.device)
     return quantizer(values.detach())
 
 
 def _with_scale(
-    scale: torch.Tensor, data: torch.Tensor | None, transposed: torch.Tensor | None
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    data: torch.Tensor | None,
+    transposed: torch.Tensor | None = None,
 ) -> Any:
-    """Numbers in e5m2, in either order, as Transformer Engine has them."""
+    """Numbers of 8 bits, in either order, as Transformer Engine has them."""
     from transformer_engine.pytorch.constants import TE_DType
     from transformer_engine.pytorch.tensor import Float8TensorStorage
 
@@ -152,7 +160,7 @@ def _with_scale(
         data=None if data is None else data.view(torch.uint8),
         data_transpose=None if transposed is None else transposed.view(torch.uint8),
         fp8_scale_inv=scale.view(1),
-        fp8_dtype=TE_DType[torch.float8_e5m2],
+        fp8_dtype=TE_DType[dtype],
     )
 
 
