@@ -194,7 +194,9 @@ def report_plan(settings: Settings, environment: Environment, options: argparse.
         raise ConfigurationError([Problem(name, parts, reason, "plan with 1, or use --dry-run")])
     implementation = IMPLEMENTATIONS[options.implementation]
     if options.fp8 and implementation is KANANA:
-        remedy = "set precision=fp8_blockwise or fp8_blockwise_experts, or another --implementation"
+        remedy = (
+            "set precision=fp8_blockwise, or another of its recipes, or another --implementation"
+        )
         raise ConfigurationError([Problem("--fp8", True, "is not for this version", remedy)])
     if not options.search:
         run = plan_run(

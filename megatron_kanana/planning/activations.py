@@ -39,13 +39,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from .architecture import EXPERTS, KEPT_ACTIVATIONS, Architecture
+from .architecture import EXPERTS, KEPT_ACTIVATIONS, OUTPUT_LAYER, Architecture
 from .calibration import FP8_BYTES, Implementation
 from .communication import distinct
 from .layout import Layout, Stage
 
 MAX_LOGIT_ROWS = 1024  # the same of kernels/attention/fused_torch.py
 CHUNK_BYTES = 2**30  # the same of kernels/linear_cross_entropy
+FP8_LOGIT_BYTES = 1 + 3 / 4  # of its fp8_products: `bytes_per_logit` and `token_multiple`
+FP8_CHUNK_MULTIPLE = 512
 
 
 def attention_bytes(
@@ -250,7 +252,7 @@ def stage_bytes(
         whole = dataclasses.replace(layout, recompute=frozenset())
         transient += of_layer(has_experts, whole)
     if stage.output:
-        of_loss, passing = output_bytes(architecture, layout, implementation)
+        of_loss, passing = output_bytes(architecture, layout, implementation, fp8=fp8)
         of_output = (1 + stage.mtp) * of_loss
         kept += of_output
         # Layers pass before the loss and after it, when its memory is free.
@@ -263,20 +265,44 @@ def takes_gradients_early(architecture: Architecture, layout: Layout) -> bool:
     return 2 * architecture.hidden_size < layout.tokens
 
 
+def _chunks(tokens: float, size: float, multiple: int) -> int:
+    """Into how many chunks a loss takes tokens, of which so many bytes are made in all."""
+    most = max(1, int(CHUNK_BYTES * tokens / max(size, 1) / multiple)) * multiple
+    return math.ceil(tokens / most)
+
+
 def output_bytes(
-    architecture: Architecture, layout: Layout, implementation: Implementation
+    architecture: Architecture,
+    layout: Layout,
+    implementation: Implementation,
+    *,
+    fp8: frozenset[str] = frozenset(),
 ) -> tuple[float, float]:
-    """What one loss keeps, the norm before it included, and what it needs beside it for a while."""
+    """What one loss keeps, the norm before it included, and what it needs beside it for a while.
+
+    Args:
+        architecture, layout, implementation: of the job.
+        fp8: as `layer_times.Job` has it.
+    """
     hidden, tokens = architecture.hidden_size, layout.tokens
     norm = (4.0 * hidden + 4) * tokens / layout.tensor
     logits = 2.0 * architecture.vocab_size * tokens / layout.tensor
     weight = 2.0 * architecture.vocab_size * hidden / layout.tensor
     if implementation.linear_loss:
         gathered = 4.0 * hidden * tokens if layout.tensor > 1 else 0.0
-        if not takes_gradients_early(architecture, layout):
-            return norm + logits + 20 * tokens, gathered
-        chunks = math.ceil(logits / CHUNK_BYTES)
-        return norm + 2 * weight + 4 * tokens, logits / chunks + gathered
+        is_early = takes_gradients_early(architecture, layout)
+        if OUTPUT_LAYER in fp8:
+            # Copies of the weight in both orders, and of a chunk its gradient by words, and by
+            # tokens a quarter of it; of logits that are not kept a quarter too.
+            gathered += weight
+            of_logit = FP8_LOGIT_BYTES if is_early else FP8_LOGIT_BYTES - 2 / 4
+            made = of_logit / 2 * logits
+            chunks = _chunks(tokens, made, FP8_CHUNK_MULTIPLE) if is_early else 1
+        else:
+            made = logits if is_early else 0.0
+            chunks = _chunks(tokens, made, 1)
+        kept = 2 * weight + 4 * tokens if is_early else logits + 20 * tokens
+        return norm + kept, made / chunks + gathered
     # The output layer's weight gradient exists in bf16 before it is added to the sums.
     if implementation.fused:
         return norm + logits + 9 * tokens, weight

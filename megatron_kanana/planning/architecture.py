@@ -19,6 +19,8 @@ ADAMW_KINDS = ("router", "embedding", "output_layer", "vector")
 EXPERTS = "experts"
 ALL_FP8 = frozenset({*DENSE_WEIGHTS, "query_key_value", EXPERTS})
 """Everything that can compute in fp8: kinds of dense weights, and routed and shared experts."""
+OUTPUT_LAYER = "output_layer"
+"""Kind of the output layer's weight; beside `ALL_FP8` where its products are in fp8."""
 KEPT_ACTIVATIONS = "kept_activations"
 """Beside `EXPERTS` where these keep gate and up in fp8."""
 
@@ -187,7 +189,7 @@ class Architecture:
     def output_layer(self) -> list[Weight]:
         """The last norm and the output layer."""
         norm = Weight("vector", 1, self.hidden_size, is_split=False)
-        return [norm, Weight("output_layer", self.vocab_size, self.hidden_size)]
+        return [norm, Weight(OUTPUT_LAYER, self.vocab_size, self.hidden_size)]
 
     def _gated(self, width: int, number: int = 1, group: str = "dense") -> list[Weight]:
         """Gate and up projections in one weight, and the down projection."""

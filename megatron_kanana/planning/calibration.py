@@ -27,6 +27,8 @@ class Efficiencies:
             peers: 535 forward with uneven loads, 524 and 492 backward; mean 517 TFLOP/s.
         output_matmul: the output layer's products, in bf16. cards: step_8x4096_h200, 72 ms for
             5.16e13 operations (717 TFLOP/s, 0.72).
+        output_matmul_fp8: the same in fp8, of the fp8 peak. cards: step_10_layers_8x4096_h200,
+            whose dense products take 35 ms less with them in fp8 (1,398 TFLOP/s, 0.71).
         memory: of memory bandwidth, kernels that only move data. peers: `moe_permute` 0.281 ms for
             16,384 tokens in and 98,304 out (2.9 TB/s, 0.60).
         optimizer_memory: the same for the many small kernels of an update. cards: AdamW's 0.061 s
@@ -44,6 +46,7 @@ class Efficiencies:
     matmul_fp8: float = 0.57
     grouped_matmul: float = 0.52
     output_matmul: float = 0.72
+    output_matmul_fp8: float = 0.71
     memory: float = 0.60
     optimizer_memory: float = 0.56
     nvlink: float = 0.71
@@ -169,7 +172,7 @@ bf16; the gradient of a pre-activation takes its place.
 
 Rates are those of the cards' component 'experts', 9 layers: 131.6 ms in step_8x4096_h200 (bf16),
 45.95 ms in step_2x4096_h100, 41.3 ms in step_recompute_h200 (2 x 4096), from which product and
-adding to gradients follow together. In fp8 99.1 ms in step_10_layers_8x4096_h200. Alone, products
+adding to gradients follow together. In fp8 96.1 ms in step_10_layers_8x4096_h200. Alone, products
 are faster: moe_h100 (6.53 ms and 21.2 ms without shared experts, 16,384 and 65,536 tokens) gives
 0.63 and 0.62, and the wider experts of moe_155b_h100 (19.0 ms) 0.65, with faster weight gradients
 than those steps had."""

@@ -7,7 +7,7 @@ import dataclasses
 from megatron_kanana.config import Settings
 from megatron_kanana.config.environment import resolve_precision
 
-from .architecture import ALL_FP8, EXPERTS, KEPT_ACTIVATIONS
+from .architecture import ALL_FP8, EXPERTS, KEPT_ACTIVATIONS, OUTPUT_LAYER
 from .attention import attention_of
 from .calibration import KANANA, Implementation
 from .experts import experts_of
@@ -33,5 +33,8 @@ def fp8_of(settings: Settings) -> frozenset[str]:
     if precision.fp8 == "none":
         return frozenset()
     left_out = {*precision.bf16_weights, *(() if precision.experts == "fp8" else (EXPERTS,))}
-    kept = {KEPT_ACTIVATIONS} if precision.kept_activations == "fp8" else set()
-    return ALL_FP8 - left_out | kept
+    more = {
+        KEPT_ACTIVATIONS: precision.kept_activations,
+        OUTPUT_LAYER: precision.output_layer,
+    }
+    return ALL_FP8 - left_out | {name for name, form in more.items() if form == "fp8"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from .activations import MAX_LOGIT_ROWS, takes_gradients_early
-from .architecture import EXPERTS, Architecture, Weight, multiply_size
+from .architecture import EXPERTS, OUTPUT_LAYER, Architecture, Weight, multiply_size
 from .calibration import QUANTISING_BYTES, Efficiencies, Implementation
 from .communication import (
     Message,
@@ -40,7 +40,7 @@ class Job:
         machine: GPUs and network.
         implementation: how layers are computed.
         fp8: what computes in fp8, of `architecture.ALL_FP8`: kinds of dense weights, and 'experts';
-            and perhaps `architecture.KEPT_ACTIVATIONS`.
+            and perhaps `architecture.KEPT_ACTIVATIONS` and `OUTPUT_LAYER`.
         bf16_layers: first and last layers that it leaves out.
         efficiencies: shares of the machine's peaks.
     """
@@ -177,7 +177,7 @@ def output_parts(job: Job, *, forward: bool) -> Parts:
     """Parts of the pass through the output layer and the loss."""
     architecture, layout = job.architecture, job.layout
     parts = Parts()
-    output = [weight for weight in architecture.output_layer() if weight.kind == "output_layer"]
+    output = [weight for weight in architecture.output_layer() if weight.kind == OUTPUT_LAYER]
     if job.implementation.linear_loss:
         parts["output layer and loss"] = _linear_loss_seconds(job, output, forward=forward)
         return parts
@@ -195,11 +195,17 @@ def _linear_loss_seconds(job: Job, output: list[Weight], *, forward: bool) -> fl
     architecture, layout = job.architecture, job.layout
     logits = 2.0 * architecture.vocab_size * layout.tokens / layout.tensor
     gradients = _products(job, output, forward=False)
-    gradients += _memory_seconds(job, 2 * logits)  # read, and overwritten by their gradient
+    # Read, and overwritten by their gradient, or in fp8 written in both orders.
+    gradients += _memory_seconds(job, 2 * logits)
     early = takes_gradients_early(architecture, layout)
     if forward:
         seconds = _products(job, output, forward=True)
         seconds += _memory_seconds(job, logits)  # read, for the softmax's sums
+        if OUTPUT_LAYER in job.fp8:
+            numbers = architecture.hidden_size * (
+                architecture.vocab_size / layout.tensor + layout.tokens
+            )
+            seconds += _memory_seconds(job, QUANTISING_BYTES * numbers)
         return seconds + gradients if early else seconds
     if early:  # the weight's gradient and the sums are read, and the sums written
         size = architecture.vocab_size * architecture.hidden_size / layout.tensor
@@ -236,8 +242,10 @@ def _rates(job: Job, weight: Weight) -> tuple[float, float]:
     """Operations a second of products with a weight, and of those that give its gradient."""
     efficiencies, machine, experts = job.efficiencies, job.machine, job.implementation.experts
     is_routed = weight.group == "experts"
-    if weight.kind == "output_layer":
+    if weight.kind == OUTPUT_LAYER:
         rate = machine.bf16_flops * efficiencies.output_matmul
+        if OUTPUT_LAYER in job.fp8:
+            rate = machine.fp8_flops * efficiencies.output_matmul_fp8
         return rate, rate
     if weight.of_experts and experts.share is not None:
         in_bf16 = machine.bf16_flops * experts.share

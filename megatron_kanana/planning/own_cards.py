@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .architecture import ALL_FP8, EXPERTS
+from .architecture import ALL_FP8, EXPERTS, OUTPUT_LAYER
 from .calibration import CSRC, KANANA, SDPA
 from .layer_times import Job
 from .observation import Observation, slice_of_30b
@@ -28,6 +28,7 @@ PRECISIONS = {
     "bf16": frozenset[str](),
     "fp8_blockwise": ALL_FP8 - {"key_value_down", "key_value_up", EXPERTS},
     "fp8_blockwise_experts": ALL_FP8 - {"key_value_down", "key_value_up"},
+    "fp8_blockwise_output_layer": ALL_FP8 - {"key_value_down", "key_value_up"} | {OUTPUT_LAYER},
 }
 """What the groups of `precision` have in fp8."""
 PARTS = ("norms", "up_projections")
@@ -140,6 +141,7 @@ OURS: Sequence[Observation] = (
     *_of_step("step_10_layers_recompute_h200", "h200", 10, 2, "bf16", "parts"),
     *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "bf16", "none"),
     *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "fp8_blockwise_experts", "none"),
+    *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "fp8_blockwise_output_layer", "none"),
     *_of_step("step_8_layers_fp8_h100", "h100", 8, 8, "fp8_blockwise_experts", "none"),
     *_of_step("step_8_layers_h100", "h100", 8, 2, "bf16", "none"),
     *_of_step("step_8_layers_h100", "h100", 8, 8, "bf16", "none"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_kanana.config.precision_settings import DENSE_WEIGHTS
 
-from .architecture import EXPERTS
+from .architecture import EXPERTS, OUTPUT_LAYER
 from .calibration import KANANA
 from .errors import Comparison, fit_own
 from .observation import GIB
@@ -59,7 +59,9 @@ def _in_fp8(plan: Plan) -> str:
         return ""
     left_out = [kind for kind in DENSE_WEIGHTS if kind not in fp8]
     words = "projections" + (f" (without {', '.join(left_out)})" if left_out else "")
-    return f" with {words}{' and experts' if EXPERTS in fp8 else ''} in fp8"
+    more = {"experts": EXPERTS, "output layer": OUTPUT_LAYER}
+    *first, last = [words, *(name for name, key in more.items() if key in fp8)]
+    return f" with {', '.join(first)}{' and ' if first else ''}{last} in fp8"
 
 
 def _step_lines(tokens: float, plan: Plan) -> Iterator[str]:

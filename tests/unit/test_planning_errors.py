@@ -85,9 +85,9 @@ def test_a_card_of_calibration_is_compared_as_it_is_written(
 
 
 def test_what_is_read_of_cards_is_there() -> None:
-    """Passes through 10 layers, nine more through 10 and 8 with their memory, and two updates."""
+    """Passes through 10 layers, ten more through 10 and 8 with their memory, and two updates."""
     found = [each for each in OURS if "planner_calibration" not in each.source]
-    assert len(found) == 1 + 9 * 2 + 2 and all(each.measured for each in found)
+    assert len(found) == 1 + 10 * 2 + 2 and all(each.measured for each in found)
 
 
 def test_a_fit_finds_the_numbers_that_figures_were_made_with() -> None:

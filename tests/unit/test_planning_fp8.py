@@ -1,4 +1,4 @@
-"""What precision.fp8 and precision.experts change in a plan."""
+"""What precision.fp8, its experts and its output layer change in a plan."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def planned(*overrides: str) -> Plan:
             ("precision=fp8_blockwise_experts", "precision.bf16_weights=[]"),
             ALL_FP8,
             4 * (PROJECTIONS + KEYS) + DENSE + 3 * OF_EXPERTS,
+        ),
+        (
+            ("precision=fp8_blockwise_output_layer",),
+            PRECISIONS["fp8_blockwise_output_layer"],
+            4 * PROJECTIONS + DENSE + 3 * OF_EXPERTS,
         ),
     ],
 )
@@ -169,6 +174,20 @@ def test_activations_kept_in_fp8_are_half_of_those_in_bf16() -> None:
     assert bf16 - fp8 == pytest.approx(tokens * layers * (2 - of_number) * numbers)
 
 
+def test_an_output_layer_in_fp8_is_faster_and_needs_other_memory() -> None:
+    """8,192 tokens in two chunks: logits in bf16, or what fp8 makes of them and of the weight."""
+    bf16, fp8 = (
+        planned("precision=fp8_blockwise_experts", f"precision.output_layer={form}")
+        for form in ("bf16", "fp8")
+    )
+    part = "output layer and loss"
+    assert 0.5 < fp8.parts[part] / bf16.parts[part] < 0.7
+    same = bf16.parts.keys() - {part, "launching"}
+    assert all(fp8.parts[name] == bf16.parts[name] for name in same)
+    more = (1.75 - 2) * 4096 * 128256 + 2 * 128256 * 2048  # the weight has copies in both orders
+    assert fp8.memory[0].activations - bf16.memory[0].activations == pytest.approx(more)
+
+
 def test_weights_are_quantised_once_a_step() -> None:
     few = planned("precision=fp8_blockwise_experts")
     many = planned("precision=fp8_blockwise_experts", "schedule.global_batch_size=16")
@@ -182,6 +201,12 @@ def test_command_says_what_is_in_fp8(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     left_out = "key_value_down, key_value_up"
     assert f"megatron_kanana with projections (without {left_out}) and experts in fp8" in printed
+
+
+def test_command_says_that_the_output_layer_is_in_fp8(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--processes", "1", *WORDS, "precision=fp8_blockwise_output_layer", "--tokens", "1e9"]
+    assert main(words) == 0
+    assert ", experts and output layer in fp8" in capsys.readouterr().out
 
 
 def test_fp8_of_this_version_is_asked_for_by_its_settings(

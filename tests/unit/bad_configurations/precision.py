@@ -102,6 +102,43 @@ PRECISION = {
         "set precision.experts=bf16",
         CUDA_MACHINE,
     ),
+    "output layer in fp8 beside layers in bf16": Bad(
+        ("precision=bf16", "precision.output_layer=fp8"),
+        "precision.output_layer",
+        "fp8",
+        "set precision=fp8_blockwise, or set precision.output_layer=bf16",
+    ),
+    "output layer in fp8 in torch": Bad(
+        ("precision=fp8_blockwise_output_layer", "kernels.loss_backend=torch"),
+        "precision.output_layer",
+        "fp8",
+        "choose csrc",
+        CUDA_MACHINE,
+    ),
+    "output layer in fp8 on Blackwell": Bad(
+        ("precision=fp8_blockwise", "precision.output_layer=fp8"),
+        "precision.output_layer",
+        "fp8",
+        "set precision.output_layer=bf16",
+        BLACKWELL,
+    ),
+    "output layer in fp8 with an older Transformer Engine": Bad(
+        ("precision=fp8_blockwise", "precision.output_layer=fp8"),
+        "precision.output_layer",
+        "fp8",
+        "pip install 'transformer-engine[pytorch]>=2.11'",
+        _without(transformer_engine_version="2.10.0"),
+    ),
+    "words of no multiple of 16 a process": Bad(
+        (
+            *("precision=fp8_tensorwise", "precision.output_layer=fp8"),
+            *("model.vocab_size=312", "model.vocab_size_multiple=8"),
+        ),
+        "precision.output_layer",
+        "fp8",
+        "set precision.output_layer=bf16",
+        CUDA_MACHINE,
+    ),
     "fp8 beside fp32": Bad(
         ("precision=fp8_blockwise", "precision.compute=fp32"),
         "precision.fp8",
