@@ -63,11 +63,7 @@ def _check_experts(settings: Settings, environment: Environment) -> Iterator[Pro
         )
     if resolve_device(settings.device, environment) == "cpu":
         return
-    if settings.kernels.moe_backend == "torch":
-        yield problem("kernels.moe_backend = torch has no fp8", f"choose csrc, or {remedy}")
-    found = environment.compute_capability
-    if found is not None and found != (9, 0):
-        yield problem(f"needs a Hopper GPU; {environment.gpu_name} is none")
+    yield from _check_kernels("experts", "moe_backend", settings, environment)
     for limit in expert_layer_sizes(settings).hopper_fp8_limits_passed():
         yield problem(f"on CUDA it takes {limit}")
 
@@ -85,11 +81,7 @@ def _check_output_layer(settings: Settings, environment: Environment) -> Iterato
         )
     if resolve_device(settings.device, environment) == "cpu":
         return
-    if settings.kernels.loss_backend == "torch":
-        yield problem("kernels.loss_backend = torch has no fp8", f"choose csrc, or {remedy}")
-    found = environment.compute_capability
-    if found is not None and found != (9, 0):
-        yield problem(f"needs a Hopper GPU; {environment.gpu_name} is none")
+    yield from _check_kernels("output_layer", "loss_backend", settings, environment)
     installed = environment.transformer_engine_version
     if installed is not None and _version(installed) < OUTPUT_LAYER_TRANSFORMER_ENGINE:
         wanted = ".".join(map(str, OUTPUT_LAYER_TRANSFORMER_ENGINE))
@@ -100,6 +92,19 @@ def _check_output_layer(settings: Settings, environment: Environment) -> Iterato
     words = settings.model.padded_vocab_size // settings.parallel.tensor_parallel_size
     if words % OUTPUT_LAYER_MULTIPLE:
         yield problem(f"takes words in multiples of {OUTPUT_LAYER_MULTIPLE}, a process has {words}")
+
+
+def _check_kernels(
+    part: str, backend: str, settings: Settings, environment: Environment
+) -> Iterator[Problem]:
+    """`precision` has this part in fp8, for which csrc has kernels for Hopper."""
+    name, remedy = f"precision.{part}", f"set precision.{part}=bf16"
+    if getattr(settings.kernels, backend) == "torch":
+        reason = f"kernels.{backend} = torch has no fp8"
+        yield Problem(name, "fp8", reason, f"choose csrc, or {remedy}")
+    found = environment.compute_capability
+    if found is not None and found != (9, 0):
+        yield Problem(name, "fp8", f"needs a Hopper GPU; {environment.gpu_name} is none", remedy)
 
 
 def _check_machine(fp8: str, recipe: Fp8Recipe, environment: Environment) -> Iterator[Problem]:

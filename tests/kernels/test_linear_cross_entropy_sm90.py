@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_kanana.kernels.linear_cross_entropy import compiled, linear_cross_entropy, plain
-from megatron_kanana.kernels.linear_cross_entropy.fp8_products import (
-    GRADIENT_OF_ONE,
-    PIECE_MULTIPLE,
-    PIECES,
-)
+from megatron_kanana.kernels.linear_cross_entropy.fp8_products import GRADIENT_OF_ONE
+
+from .fp8_loss_reference import assert_close, in_fp8, random_problem
 
 pytestmark = pytest.mark.gpu
 
@@ -155,70 +153,15 @@ def test_a_row_that_is_not_finite_shows_in_fp8() -> None:
     assert is_bad[2] and is_bad.sum() == 1
 
 
-def rounded(values: torch.Tensor) -> torch.Tensor:
-    """To e4m3 with one scale, in float64."""
-    scale = 448 / values.detach().float().abs().max()
-    return ((values.float() * scale).to(torch.float8_e4m3fn).float() / scale).double()
-
-
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("tokens", [112, 1552])
 def test_losses_and_gradients_in_fp8_are_those_of_float64_with_the_same_roundings(
     tokens: int, known: bool
 ) -> None:
     pytest.importorskip("transformer_engine.pytorch")
-    hidden, words = 256, 5008
-    of_chunk = PIECES * PIECE_MULTIPLE  # one of them with fewer tokens
-    generator = torch.Generator().manual_seed(tokens)
-    hidden_states = torch.randn(tokens, hidden, generator=generator).cuda().bfloat16()
-    weight: Any = torch.nn.Parameter(
-        (torch.randn(words, hidden, generator=generator) / 8).cuda().bfloat16()
-    )
-    weight.main_grad = torch.ones(words, hidden, device="cuda")
-    weight.grad_added_to_main_grad = False
-    labels = torch.randint(words, (tokens,), generator=generator).cuda()
-    weights = (torch.rand(tokens, generator=generator) < 0.7).float().cuda()
-    weights[:of_chunk] *= 0.5
-    factor = 0.37
-    losses = linear_cross_entropy(
-        hidden_states.requires_grad_(),
-        weight,
-        labels,
-        weights if known else None,
-        backend="csrc",
-        chunk_bytes=2 * of_chunk * words,
-        fp8=True,
-    )
-    (losses * weights * factor).sum().backward()
-    weight_q, exact_w = rounded(weight.detach()), weight.detach().double()
-    expected = torch.zeros(tokens, dtype=torch.float64, device="cuda")
-    grad_hidden, exact_hidden = (
-        torch.zeros(tokens, hidden, dtype=torch.float64, device="cuda") for _ in range(2)
-    )
-    grad_weight, exact_weight = (
-        torch.ones(words, hidden, dtype=torch.float64, device="cuda") for _ in range(2)
-    )
-    for chunk in (slice(first, first + of_chunk) for first in range(0, tokens, of_chunk)):
-        rows = rounded(hidden_states.detach()[chunk])
-        logits = (rows @ weight_q.T).bfloat16().double()
-        expected[chunk] = F.cross_entropy(logits, labels[chunk], reduction="none")
-        of_row = weights[chunk, None].double() * factor
-        gradient = (logits.softmax(1) - F.one_hot(labels[chunk], words)) * of_row
-        scale = GRADIENT_OF_ONE / of_row.max()
-        gradient_q = (gradient * scale).float().to(torch.float8_e5m2).double() / scale
-        grad_hidden[chunk] = gradient_q @ weight_q
-        exact_hidden[chunk] = gradient @ exact_w
-        grad_weight += gradient_q.T @ rows
-        exact_weight += gradient.T @ hidden_states.detach()[chunk].double()
-    for found, value, tolerance in (
-        (losses, expected, 2e-3),
-        (hidden_states.grad, grad_hidden, 1e-2),
-        (weight.main_grad - 1, grad_weight - 1, 1e-2),
-        (hidden_states.grad, exact_hidden, 0.08),
-        (weight.main_grad - 1, exact_weight - 1, 0.08),
-    ):
-        assert found is not None
-        assert float((found.double() - value).norm() / value.norm()) < tolerance
+    problem = random_problem(tokens, 256, 5008, "cuda")
+    found = in_fp8(problem, "csrc", known=known)
+    assert_close(found, problem, losses=2e-3, gradients=1e-2)
 
 
 def test_a_chunk_in_fp8_whose_losses_do_not_count_adds_nothing() -> None:

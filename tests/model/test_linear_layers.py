@@ -23,7 +23,10 @@ SHORT = ("schedule.steps=4", "schedule.warmup_steps=1", "schedule.decay_steps=1"
 EVALUATED = ("schedule.evaluation_interval=2", "schedule.evaluation_batches=1")
 THREE = (*SHORT, *EVALUATED, "stop_after_step=3", "model.num_mtp_layers=1")
 HALF = (*SHORT, "stop_after_step=1", "model.num_mtp_layers=1")
-FP8 = ("precision.fp8=blockwise", "precision.bf16_layers_at_start=1")
+FP8 = (
+    *("precision.fp8=blockwise", "precision.bf16_layers_at_start=1"),
+    "precision.output_layer=fp8",  # which a CPU leaves out
+)
 FP8_AND_RECOMPUTE = (
     *("precision.fp8=tensorwise", "parallel.recompute=full"),
     "precision.bf16_weights=[key_value_down,down]",

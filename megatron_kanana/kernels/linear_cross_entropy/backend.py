@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..choice import backend_or_torch
+from ..choice import backend_or_torch, fp8_or_not
 from ..native import has_operation_for, hopper_error, native_library_error
 
 logger = logging.getLogger(__name__)
@@ -42,15 +42,13 @@ def choose_fp8_output_layer(requested: str, backend: str, device_type: str) -> b
     Raises:
         RuntimeError: fp8 was asked for and cannot be used here.
     """
-    if requested == "bf16":
-        return False
-    if device_type == "cpu":
-        logger.info("output layer without fp8 (a CPU has none)")
-        return False
-    if (error := _fp8_error(backend)) is not None:
-        raise RuntimeError(f"precision.output_layer = fp8: {error}; or set it to bf16")
-    logger.info("output layer in fp8 (asked for by precision.output_layer)")
-    return True
+    return fp8_or_not(
+        "precision.output_layer",
+        "output layer",
+        requested,
+        device_type,
+        lambda: _fp8_error(backend),
+    )
 
 
 def _fp8_error(backend: str) -> str | None:

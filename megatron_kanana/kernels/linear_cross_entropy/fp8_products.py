@@ -11,12 +11,13 @@ Shape suffixes: those of the package.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 
-from ..native import load_native_operations
-from .products import HeadGradients
+from ..native import has_operation_for, load_native_operations
+from .products import ChunkLosses, HeadGradients
 from .vocabulary import Vocabulary
 
 _operations = torch.ops.megatron_kanana
@@ -46,17 +47,23 @@ class Fp8Products:
         """Makes fp8 copies of the weight.
 
         Raises:
-            RuntimeError: sizes are no such multiples, or a tensor is not in bf16 on a GPU.
+            RuntimeError: sizes are no such multiples, a tensor is not in bf16, or this device has
+                no such operation.
         """
+        load_native_operations("kernels.loss_backend")
+        device, remedy = hidden_states_TD.device.type, "set precision.output_layer=bf16"
+        if not has_operation_for("cross_entropy_gradient_fp8", device.upper()):
+            raise RuntimeError(
+                "precision.output_layer = fp8: the compiled operations have no losses in fp8 for"
+                f" {device}; {remedy}"
+            )
         for name, tensor in (("hidden states", hidden_states_TD), ("weight", weight_VD)):
             is_divided = all(size % MULTIPLE == 0 for size in tensor.shape)
-            if not is_divided or tensor.dtype != torch.bfloat16 or not tensor.is_cuda:
+            if not is_divided or tensor.dtype != torch.bfloat16:
                 raise RuntimeError(
-                    f"precision.output_layer = fp8: {name} must be bfloat16 on a GPU, in multiples"
-                    f" of {MULTIPLE}, got {tensor.dtype} {tuple(tensor.shape)} on"
-                    f" {tensor.device}; set precision.output_layer=bf16"
+                    f"precision.output_layer = fp8: {name} must be bfloat16 in multiples of"
+                    f" {MULTIPLE}, got {tensor.dtype} {tuple(tensor.shape)}; {remedy}"
                 )
-        load_native_operations("kernels.loss_backend")
         self._vocabulary = vocabulary
         self._hidden_states_TD = hidden_states_TD
         self._weight_VD = weight_VD
@@ -84,57 +91,59 @@ class Fp8Products:
         return logits_PV
 
     def add_gradients(
-        self,
-        chunk: slice,
-        labels_T: torch.Tensor,
-        weights_T: torch.Tensor,
-        to: HeadGradients,
-        *,
-        logits_CV: torch.Tensor | None = None,
-        statistics_3C: torch.Tensor | None = None,
-        to_what_is_there: bool = True,
+        self, losses: ChunkLosses, to: HeadGradients, *, to_what_is_there: bool = True
     ) -> torch.Tensor:
         """As `Products.add_gradients`."""
-        hidden_states_CD, weights_C = self._hidden_states_TD[chunk], weights_T[chunk]
+        hidden_states_CD = self._hidden_states_TD[losses.tokens]
         tokens, words = hidden_states_CD.shape[0], self._weight_VD.shape[0]
         if tokens == 0:
             if to.weight_VD is not None and not to_what_is_there:
                 to.weight_VD.zero_()
-            return weights_C.new_empty(3, 0)
-        largest = weights_C.abs().amax().clamp_min(SMALLEST_WEIGHT)
-        scaled_C = weights_C * (GRADIENT_OF_ONE / largest)
+            return losses.weights_C.new_empty(3, 0)
+        largest = losses.weights_C.abs().amax().clamp_min(SMALLEST_WEIGHT)
+        weights_C = losses.weights_C * (GRADIENT_OF_ONE / largest)
         scale = largest / GRADIENT_OF_ONE
         quantized_CD = _quantize(hidden_states_CD)
         by_word_VC = hidden_states_CD.new_empty(words, tokens, dtype=torch.float8_e5m2)
         parts = []
-        size = -(-tokens // (PIECES * PIECE_MULTIPLE)) * PIECE_MULTIPLE
-        for first in range(0, tokens, size):
-            part = slice(first, min(first + size, tokens))
-            piece = slice(chunk.start + part.start, chunk.start + part.stop)
-            logits_PV = self._logits(quantized_CD, part) if logits_CV is None else logits_CV[part]
-            labels_P = labels_T[piece]
-            if statistics_3C is None:
+        for piece in _pieces(tokens):
+            labels_P = losses.labels_C[piece]
+            if losses.logits_CV is None:
+                logits_PV = self._logits(quantized_CD, piece)
+            else:
+                logits_PV = losses.logits_CV[piece]
+            if losses.statistics_3C is None:
                 parts.append(self._vocabulary.statistics(logits_PV, self._weight_VD, labels_P))
             else:
-                parts.append(statistics_3C[:, part])
+                parts.append(losses.statistics_3C[:, piece])
             by_token_PV = torch.empty_like(logits_PV, dtype=torch.float8_e5m2)
             _operations.cross_entropy_gradient_fp8(
                 logits_PV,
                 labels_P,
                 self._vocabulary.first_word(self._weight_VD),
                 parts[-1].contiguous(),
-                scaled_C[part],
+                weights_C[piece],
                 by_token_PV,
-                by_word_VC[:, part],
+                by_word_VC[:, piece],
             )
             del logits_PV  # before the next piece's are there
             if to.hidden_states_TD is not None:
-                gradient = _with_scale(scale, torch.float8_e5m2, by_token_PV)
-                _multiply(self._quantized_weight, gradient, "NN", to.hidden_states_TD[piece])
+                gradient_PV = _with_scale(scale, torch.float8_e5m2, by_token_PV)
+                out_PD = to.hidden_states_TD[losses.tokens][piece]
+                _multiply(self._quantized_weight, gradient_PV, "NN", out_PD)
+                del gradient_PV
+            del by_token_PV
         if to.weight_VD is not None:
-            gradient = _with_scale(scale, torch.float8_e5m2, None, by_word_VC)
-            _multiply(quantized_CD, gradient, "NT", to.weight_VD, accumulate=to_what_is_there)
+            gradient_CV = _with_scale(scale, torch.float8_e5m2, None, by_word_VC)
+            _multiply(quantized_CD, gradient_CV, "NT", to.weight_VD, accumulate=to_what_is_there)
         return torch.cat(parts, dim=1)
+
+
+def _pieces(tokens: int) -> Iterator[slice]:
+    """At most `PIECES` slices of a chunk."""
+    size = -(-tokens // (PIECES * PIECE_MULTIPLE)) * PIECE_MULTIPLE
+    for first in range(0, tokens, size):
+        yield slice(first, min(first + size, tokens))
 
 
 def _quantize(values: torch.Tensor) -> Any:

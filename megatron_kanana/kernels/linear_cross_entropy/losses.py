@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..weight_gradients import gradient_buffer, gradient_to_return
-from .products import HeadGradients, OwnFormatProducts, Products
+from .products import ChunkLosses, HeadGradients, OwnFormatProducts, Products
 from .vocabulary import Vocabulary
 
 PROPORTIONAL = 1e-4
@@ -108,14 +108,9 @@ class LaterGradients(torch.autograd.Function):
             chunks = list(_chunks(vocabulary, products, weight_VD, len(labels_T)))
         to = HeadGradients(grad_hidden_TD, buffer_VD)
         for chunk in chunks:
-            products.add_gradients(
-                chunk,
-                labels_T,
-                grad_T,
-                to,
-                logits_CV=logits_TV,
-                statistics_3C=statistics_3T[:, chunk],
-            )
+            statistics_3C = statistics_3T[:, chunk]
+            losses = ChunkLosses(chunk, labels_T[chunk], grad_T[chunk], logits_TV, statistics_3C)
+            products.add_gradients(losses, to)
         if grad_hidden_TD is not None:
             grad_hidden_TD = vocabulary.reduce(grad_hidden_TD)
         returned_VD = None if buffer_VD is None else gradient_to_return(ctx.parameter, buffer_VD)
@@ -148,10 +143,9 @@ class EagerGradients(torch.autograd.Function):
         to = HeadGradients(grad_hidden_TD, grad_weight_VD)
         parts = []
         for chunk in _chunks(vocabulary, products, weight_VD, len(labels_T)):
+            losses = ChunkLosses(chunk, labels_T[chunk], weights_T[chunk])
             is_first = chunk.start == 0
-            statistics_3C = products.add_gradients(
-                chunk, labels_T, weights_T, to, to_what_is_there=not is_first
-            )
+            statistics_3C = products.add_gradients(losses, to, to_what_is_there=not is_first)
             parts.append(_losses(statistics_3C))
         if grad_hidden_TD is not None:
             grad_hidden_TD = vocabulary.reduce(grad_hidden_TD)

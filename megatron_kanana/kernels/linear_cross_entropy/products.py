@@ -29,6 +29,25 @@ class HeadGradients:
     weight_VD: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class ChunkLosses:
+    """Losses of a chunk of tokens, whose gradients are wanted.
+
+    Attributes:
+        tokens: which of all.
+        labels_C: int64, over the whole vocabulary.
+        weights_C: gradient of each loss, fp32.
+        logits_CV: where they are known; they may be overwritten.
+        statistics_3C: where they are known, of the whole vocabulary.
+    """
+
+    tokens: slice
+    labels_C: torch.Tensor
+    weights_C: torch.Tensor
+    logits_CV: torch.Tensor | None = None
+    statistics_3C: torch.Tensor | None = None
+
+
 class Products(Protocol):
     """An output layer's products with the hidden states of all tokens.
 
@@ -50,29 +69,17 @@ class Products(Protocol):
         """Of a chunk, [C, V]."""
 
     def add_gradients(
-        self,
-        chunk: slice,
-        labels_T: torch.Tensor,
-        weights_T: torch.Tensor,
-        to: HeadGradients,
-        *,
-        logits_CV: torch.Tensor | None = None,
-        statistics_3C: torch.Tensor | None = None,
-        to_what_is_there: bool = True,
+        self, losses: ChunkLosses, to: HeadGradients, *, to_what_is_there: bool = True
     ) -> torch.Tensor:
-        """Gradients of the weighted losses of a chunk.
+        """Gradients of a chunk's weighted losses.
 
         Args:
-            chunk: the tokens.
-            labels_T: of all tokens.
-            weights_T: gradient of each loss, fp32, of all tokens.
-            to: where they go; the hidden states' of this chunk is set.
-            logits_CV: of the chunk, which may be overwritten; None computes them.
-            statistics_3C: of the chunk, of the whole vocabulary; None computes them.
+            losses: of the chunk.
+            to: where they go; of the hidden states those of the chunk are set.
             to_what_is_there: whether the weight's is added to; else it may hold anything before.
 
         Returns:
-            The statistics.
+            The chunk's statistics, of the whole vocabulary.
         """
 
 
@@ -105,30 +112,27 @@ class OwnFormatProducts:
         return torch.mm(hidden_states_CD, self._weight_VD.t(), out=padded_CV[:, :words])
 
     def add_gradients(
-        self,
-        chunk: slice,
-        labels_T: torch.Tensor,
-        weights_T: torch.Tensor,
-        to: HeadGradients,
-        *,
-        logits_CV: torch.Tensor | None = None,
-        statistics_3C: torch.Tensor | None = None,
-        to_what_is_there: bool = True,
+        self, losses: ChunkLosses, to: HeadGradients, *, to_what_is_there: bool = True
     ) -> torch.Tensor:
         """As `Products.add_gradients`."""
-        vocabulary, weight_VD, labels_C = self._vocabulary, self._weight_VD, labels_T[chunk]
+        vocabulary, weight_VD = self._vocabulary, self._weight_VD
+        logits_CV, statistics_3C = losses.logits_CV, losses.statistics_3C
         if logits_CV is None:
-            logits_CV = self.logits(chunk)
+            logits_CV = self.logits(losses.tokens)
         if statistics_3C is None:
-            statistics_3C = vocabulary.statistics(logits_CV, weight_VD, labels_C)
-        first_word = vocabulary.first_word(weight_VD)
+            statistics_3C = vocabulary.statistics(logits_CV, weight_VD, losses.labels_C)
         vocabulary.rows.gradient_(
-            logits_CV, labels_C, first_word, statistics_3C.contiguous(), weights_T[chunk]
+            logits_CV,
+            losses.labels_C,
+            vocabulary.first_word(weight_VD),
+            statistics_3C.contiguous(),
+            losses.weights_C,
         )
         if to.hidden_states_TD is not None:
-            torch.mm(logits_CV, weight_VD, out=to.hidden_states_TD[chunk])
+            torch.mm(logits_CV, weight_VD, out=to.hidden_states_TD[losses.tokens])
         if to.weight_VD is not None:
-            _add_product_(to.weight_VD, logits_CV, self._hidden_states_TD[chunk], to_what_is_there)
+            hidden_states_CD = self._hidden_states_TD[losses.tokens]
+            _add_product_(to.weight_VD, logits_CV, hidden_states_CD, to_what_is_there)
         return statistics_3C
 
 

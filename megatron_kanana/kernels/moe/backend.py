@@ -8,7 +8,7 @@ import torch
 
 from megatron_kanana.native_library import ExpertLayerSizes
 
-from ..choice import backend_or_torch
+from ..choice import backend_or_torch, fp8_or_not
 from ..native import has_operation_for, hopper_error, native_library_error
 
 logger = logging.getLogger(__name__)
@@ -58,15 +58,13 @@ def choose_fp8_experts(
     Raises:
         RuntimeError: fp8 was asked for and cannot be used here.
     """
-    if requested == "bf16":
-        return False
-    if device_type == "cpu":
-        logger.info("experts without fp8 (a CPU has none)")
-        return False
-    if (error := _fp8_error(fp8, backend, sizes)) is not None:
-        raise RuntimeError(f"precision.experts = fp8: {error}; or set it to bf16")
-    logger.info("experts in fp8 (asked for by precision.experts)")
-    return True
+    return fp8_or_not(
+        "precision.experts",
+        "experts",
+        requested,
+        device_type,
+        lambda: _fp8_error(fp8, backend, sizes),
+    )
 
 
 def _fp8_error(fp8: str, backend: str, sizes: ExpertLayerSizes) -> str | None:
