@@ -18,6 +18,10 @@ HOPPER_EXPERT_WIDTH_UNIT = 64
 HOPPER_FP8_EXPERT_WIDTH_UNIT = 128
 """The same in fp8, where blocks of as many numbers have a scale (csrc/kernels/fp8_experts.h)."""
 
+HOPPER_FP8_OUTPUT_LAYER_UNIT = 16
+"""With products in fp8 the output layer takes tokens, words of a process and hidden sizes that are
+multiples of it (csrc/kernels/cross_entropy.h, and Transformer Engine's products)."""
+
 HOPPER_MAX_EXPERTS = 512
 HOPPER_MAX_EXPERTS_OF_A_TOKEN = 32
 HOPPER_MAX_EXPERT_GROUPS = 32

@@ -7,6 +7,7 @@
 
 #include "cross_entropy.h"
 #include "elements.cuh"
+#include "exponential.cuh"
 #include "sm90_launch.h"
 #include "sm90_primitives.cuh"
 
@@ -18,11 +19,8 @@ using sm90::kWarp;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kAtOnce = 4;  // loads of a thread that are under way together
-constexpr float kLog2E = 1.44269504088896341f;
 // Below any logit, and finite: differences with it are no NaN.
 constexpr float kLowest = -1e30f;
-
-__device__ __forceinline__ float exponential(float x) { return sm90::exp2_approximate(x * kLog2E); }
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }

@@ -5,8 +5,8 @@
 
 #include "cross_entropy.h"
 #include "elements.cuh"
+#include "exponential.cuh"
 #include "sm90_launch.h"
-#include "sm90_primitives.cuh"
 
 namespace megatron_kanana {
 namespace {
@@ -20,7 +20,6 @@ constexpr int kPasses = kTile / kRowsAtOnce;
 constexpr int kQuad = 4;  // words of 32 bits
 constexpr int kQuads = kTile / kQuad;
 constexpr int kTurnPasses = kQuads * kTile / kAtOnce / kThreads;
-constexpr float kLog2E = 1.44269504088896341f;
 
 // Where four words of a token lie in shared memory, so that threads that read eight tokens each,
 // and sixteen of them all tokens, find them in different banks.
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       float& value = numbers.values[i];
-      value = sm90::exp2_approximate((value - maximum) * kLog2E) * factor;
+      value = exponential(value - maximum) * factor;
       if (of_label == i) value -= weight;
     }
     const float (&values)[kAtOnce] = numbers.values;

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_kanana.native_library import HOPPER_FP8_OUTPUT_LAYER_UNIT
+
 from .environment import Environment, resolve_device, resolve_fp8, resolve_precision
 from .expert_sizes import expert_layer_sizes
-from .precision_settings import (
-    FP8_RECIPES,
-    OUTPUT_LAYER_MULTIPLE,
-    OUTPUT_LAYER_TRANSFORMER_ENGINE,
-    Fp8Recipe,
-)
+from .precision_settings import FP8_RECIPES, OUTPUT_LAYER_TRANSFORMER_ENGINE, Fp8Recipe
 from .problems import Problem
 from .schema import Settings
+
+PACKAGE = "transformer-engine[pytorch]"
 
 
 def check_precision(settings: Settings, environment: Environment) -> Iterator[Problem]:
@@ -82,16 +81,13 @@ def _check_output_layer(settings: Settings, environment: Environment) -> Iterato
     if resolve_device(settings.device, environment) == "cpu":
         return
     yield from _check_kernels("output_layer", "loss_backend", settings, environment)
-    installed = environment.transformer_engine_version
-    if installed is not None and _version(installed) < OUTPUT_LAYER_TRANSFORMER_ENGINE:
-        wanted = ".".join(map(str, OUTPUT_LAYER_TRANSFORMER_ENGINE))
-        yield problem(
-            f"needs transformer-engine {wanted}; {installed} is installed",
-            f"run pip install 'transformer-engine[pytorch]>={wanted}' or {remedy}",
-        )
+    installed, needed = environment.transformer_engine_version, OUTPUT_LAYER_TRANSFORMER_ENGINE
+    if installed is not None:
+        yield from _check_version("output_layer", "fp8", installed, needed, remedy)
     words = settings.model.padded_vocab_size // settings.parallel.tensor_parallel_size
-    if words % OUTPUT_LAYER_MULTIPLE:
-        yield problem(f"takes words in multiples of {OUTPUT_LAYER_MULTIPLE}, a process has {words}")
+    if words % HOPPER_FP8_OUTPUT_LAYER_UNIT:
+        unit = HOPPER_FP8_OUTPUT_LAYER_UNIT
+        yield problem(f"takes words in multiples of {unit}, a process has {words}")
 
 
 def _check_kernels(
@@ -117,7 +113,7 @@ def _check_machine(fp8: str, recipe: Fp8Recipe, environment: Environment) -> Ite
         if found >= other.capability and (not other.below or found < other.below)
     ]
     names = " or ".join(f"precision.fp8={name}" for name in fitting)
-    reach = ".".join(map(str, recipe.capability))
+    reach = _dotted(recipe.capability)
     reach += f" to below {recipe.below[0]}.0" if recipe.below else " or higher"
     yield Problem(
         "precision.fp8",
@@ -129,24 +125,39 @@ def _check_machine(fp8: str, recipe: Fp8Recipe, environment: Environment) -> Ite
 
 
 def _check_software(fp8: str, recipe: Fp8Recipe, environment: Environment) -> Iterator[Problem]:
-    installed = environment.transformer_engine_version
-    wanted = ".".join(map(str, recipe.transformer_engine))
-    package = "transformer-engine[pytorch]"
-    remedy = f"run pip install '{package}>={wanted}' or set precision=bf16"
+    installed, needed = environment.transformer_engine_version, recipe.transformer_engine
+    otherwise = "set precision=bf16"
     if installed is None:
-        yield Problem("precision.fp8", fp8, f"{package} is not installed", remedy)
-    elif _version(installed) < recipe.transformer_engine:
-        reason = f"needs transformer-engine {wanted}; {installed} is installed"
-        yield Problem("precision.fp8", fp8, reason, remedy)
+        remedy = f"{_installing(needed)} or {otherwise}"
+        yield Problem("precision.fp8", fp8, f"{PACKAGE} is not installed", remedy)
+    else:
+        yield from _check_version("fp8", fp8, installed, needed, otherwise)
     cuda = environment.cuda_version
     if cuda is not None and _version(cuda) < recipe.cuda:
-        wanted = ".".join(map(str, recipe.cuda))
+        wanted = _dotted(recipe.cuda)
         yield Problem(
             "precision.fp8",
             fp8,
             f"needs CUDA {wanted}; torch is built with {cuda}",
             f"install torch for CUDA {wanted} or newer, or set precision=bf16",
         )
+
+
+def _check_version(
+    part: str, value: str, installed: str, needed: tuple[int, int], otherwise: str
+) -> Iterator[Problem]:
+    """`precision` has a value that this version of Transformer Engine is new enough for."""
+    if _version(installed) < needed:
+        reason = f"needs transformer-engine {_dotted(needed)}; {installed} is installed"
+        yield Problem(f"precision.{part}", value, reason, f"{_installing(needed)} or {otherwise}")
+
+
+def _installing(needed: tuple[int, int]) -> str:
+    return f"run pip install '{PACKAGE}>={_dotted(needed)}'"
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -107,5 +107,3 @@ FP8_RECIPES = {
 
 OUTPUT_LAYER_TRANSFORMER_ENGINE = (2, 11)
 """Lowest version for `precision.output_layer` = fp8: `general_gemm` took other arguments before."""
-OUTPUT_LAYER_MULTIPLE = 16
-"""Of which the words of a process are multiples there."""

@@ -46,7 +46,7 @@ from .layout import Layout, Stage
 
 MAX_LOGIT_ROWS = 1024  # the same of kernels/attention/fused_torch.py
 CHUNK_BYTES = 2**30  # the same of kernels/linear_cross_entropy
-FP8_LOGIT_BYTES = 1 + 3 / 4  # of its fp8_products: `bytes_per_logit` and `token_multiple`
+FP8_LOGIT_BYTES = 1 + 3 / 4  # of its fp8_products: `bytes_per_token` and `token_multiple`
 FP8_CHUNK_MULTIPLE = 512
 
 

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_kanana.kernels.linear_cross_entropy import linear_cross_entropy, plain
+from megatron_kanana.kernels.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy, plain
+from megatron_kanana.kernels.linear_cross_entropy.fp8_products import Fp8Products
+from megatron_kanana.kernels.linear_cross_entropy.vocabulary import Vocabulary
 from megatron_kanana.kernels.native import load_native_operations
+from megatron_kanana.planning import activations
 
 from .fp8_loss_reference import assert_close, in_fp8, random_problem
 
@@ -131,6 +134,15 @@ def test_losses_that_do_not_count_and_no_losses_at_all_add_nothing(stand_ins: No
         (losses * weights).sum().backward()
         for gradient in (inputs.grad, weight.grad):
             assert gradient is not None and not gradient.any()
+
+
+def test_the_planner_knows_its_chunks(stand_ins: None) -> None:
+    problem = random_problem(32, 32, 48)
+    vocabulary = Vocabulary(plain, None, False, CHUNK_BYTES)
+    products = Fp8Products(vocabulary, problem.hidden_states, problem.weight)
+    assert products.bytes_per_token == 48 * activations.FP8_LOGIT_BYTES
+    assert products.token_multiple == activations.FP8_CHUNK_MULTIPLE
+    assert activations.CHUNK_BYTES == CHUNK_BYTES
 
 
 def test_without_gradients_losses_are_those_in_bf16(stand_ins: None) -> None:

@@ -140,7 +140,10 @@ def test_layout_the_cluster_would_refuse_is_refused_with_a_remedy(name: str) -> 
     assert remedy in str(raised.value)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_blockwise", "fp8_blockwise_output_layer"])
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16", "fp8_blockwise", "fp8_blockwise_experts", "fp8_blockwise_output_layer"],
+)
 def test_checkpoint_of_the_recipe_can_be_looked_at_on_one_process(
     precision: str, tmp_path: Path
 ) -> None:

@@ -21,8 +21,8 @@ from .vocabulary import Vocabulary
 __all__ = ["CHUNK_BYTES", "linear_cross_entropy"]
 
 CHUNK_BYTES = 2**30
-"""Of logits and what is made of them at once: 4,096 tokens of 128,256 words in bf16, half as many
-with products in fp8. Each chunk reads and writes the weight's gradient, 8 bytes a weight, which
+"""Of logits and what is made of them at once: 4,096 tokens of 128,256 words in bf16, 4,608 with
+products in fp8. Each chunk reads and writes the weight's gradient, 8 bytes a weight, which
 takes little beside a product with so many tokens."""
 
 _BACKENDS = {"csrc": compiled, "torch": plain}
@@ -61,7 +61,7 @@ def linear_cross_entropy(
             this with the same tokens.
         sequence_parallel: whether hidden states, and their gradients, are split over `tp_group`.
         chunk_bytes: most bytes of a chunk's logits and what is made of them, if that is one token's
-            or more.
+            or more, 512 tokens' with products in fp8.
         fp8: whether the products are in fp8 where gradients are wanted (`fp8_products`, of bf16 on
             Hopper with Transformer Engine, tokens and sizes in multiples of 16).
 

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from megatron_kanana.native_library import HOPPER_FP8_OUTPUT_LAYER_UNIT
+
 from ..native import has_operation_for, load_native_operations
 from .products import ChunkLosses, HeadGradients
 from .vocabulary import Vocabulary
@@ -27,8 +29,6 @@ GRADIENT_OF_ONE = 2.0**15
 power of two with room below e5m2's largest number, 57,344."""
 SMALLEST_WEIGHT = 1e-30
 """Stands for the largest weight of a chunk in which no loss counts."""
-MULTIPLE = 16
-"""Of which sizes of fp8 products and numbers of tokens are multiples."""
 PIECES = 4
 """Of a chunk. The weight's gradient reads and writes sums of four bytes a weight, which pays where
 many tokens are added at once; logits take most memory, and are there a piece at a time."""
@@ -37,7 +37,7 @@ PIECE_MULTIPLE = 128
 
 
 class Fp8Products:
-    """`Products` of bf16 hidden states and weight, with sizes in multiples of `MULTIPLE`."""
+    """`Products` in fp8 of bf16 tensors, in multiples of `HOPPER_FP8_OUTPUT_LAYER_UNIT`."""
 
     token_multiple: ClassVar[int] = PIECES * PIECE_MULTIPLE
 
@@ -57,22 +57,24 @@ class Fp8Products:
                 "precision.output_layer = fp8: the compiled operations have no losses in fp8 for"
                 f" {device}; {remedy}"
             )
+        unit = HOPPER_FP8_OUTPUT_LAYER_UNIT
         for name, tensor in (("hidden states", hidden_states_TD), ("weight", weight_VD)):
-            is_divided = all(size % MULTIPLE == 0 for size in tensor.shape)
+            is_divided = all(size % unit == 0 for size in tensor.shape)
             if not is_divided or tensor.dtype != torch.bfloat16:
                 raise RuntimeError(
                     f"precision.output_layer = fp8: {name} must be bfloat16 in multiples of"
-                    f" {MULTIPLE}, got {tensor.dtype} {tuple(tensor.shape)}; {remedy}"
+                    f" {unit}, got {tensor.dtype} {tuple(tensor.shape)}; {remedy}"
                 )
         self._vocabulary = vocabulary
         self._hidden_states_TD = hidden_states_TD
         self._weight_VD = weight_VD
         self._quantized_weight = _quantize(weight_VD)
 
-    @staticmethod
-    def bytes_per_logit(weight_VD: torch.Tensor) -> float:
+    @property
+    def bytes_per_token(self) -> int:
         """The gradient by words, and of a piece logits and gradient by tokens."""
-        return 1 + (weight_VD.itemsize + 1) / PIECES
+        words, of_piece = self._weight_VD.shape[0], self._weight_VD.itemsize + 1
+        return words + words * of_piece // PIECES
 
     def logits(self, chunk: slice) -> torch.Tensor:
         """As `Products.logits`, in bf16."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,11 +34,8 @@ def losses_alone(
     return _losses(_statistics(vocabulary, products, weight_VD, labels_T))
 
 
-def _chunks(
-    vocabulary: Vocabulary, products: Products, weight_VD: torch.Tensor, num_tokens: int
-) -> Iterator[slice]:
-    of_token = math.ceil(weight_VD.shape[0] * products.bytes_per_logit(weight_VD))
-    return vocabulary.chunks(num_tokens, of_token, products.token_multiple)
+def _chunks(vocabulary: Vocabulary, products: Products, labels_T: torch.Tensor) -> Iterator[slice]:
+    return vocabulary.chunks(len(labels_T), products.bytes_per_token, products.token_multiple)
 
 
 def _statistics(
@@ -47,7 +43,7 @@ def _statistics(
 ) -> torch.Tensor:
     """Of all tokens, a chunk at a time, fp32 [3, T]."""
     parts = []
-    for chunk in _chunks(vocabulary, products, weight_VD, len(labels_T)):
+    for chunk in _chunks(vocabulary, products, labels_T):
         logits_CV = products.logits(chunk)
         parts.append(vocabulary.statistics(logits_CV, weight_VD, labels_T[chunk]))
         del logits_CV  # before the next chunk's are there
@@ -105,7 +101,7 @@ class LaterGradients(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits_TV)
             chunks = [slice(0, len(labels_T))]
         else:
-            chunks = list(_chunks(vocabulary, products, weight_VD, len(labels_T)))
+            chunks = list(_chunks(vocabulary, products, labels_T))
         to = HeadGradients(grad_hidden_TD, buffer_VD)
         for chunk in chunks:
             statistics_3C = statistics_3T[:, chunk]
@@ -142,7 +138,7 @@ class EagerGradients(torch.autograd.Function):
             grad_weight_VD = torch.empty_like(weight_VD, dtype=torch.float32)
         to = HeadGradients(grad_hidden_TD, grad_weight_VD)
         parts = []
-        for chunk in _chunks(vocabulary, products, weight_VD, len(labels_T)):
+        for chunk in _chunks(vocabulary, products, labels_T):
             losses = ChunkLosses(chunk, labels_T[chunk], weights_T[chunk])
             is_first = chunk.start == 0
             statistics_3C = products.add_gradients(losses, to, to_what_is_there=not is_first)

@@ -61,8 +61,8 @@ class Products(Protocol):
         self, vocabulary: Vocabulary, hidden_states_TD: torch.Tensor, weight_VD: torch.Tensor
     ) -> None: ...
 
-    @staticmethod
-    def bytes_per_logit(weight_VD: torch.Tensor) -> float:
+    @property
+    def bytes_per_token(self) -> int:
         """Of a chunk's logits and what is made of them."""
 
     def logits(self, chunk: slice) -> torch.Tensor:
@@ -95,10 +95,10 @@ class OwnFormatProducts:
         self._hidden_states_TD = hidden_states_TD
         self._weight_VD = weight_VD
 
-    @staticmethod
-    def bytes_per_logit(weight_VD: torch.Tensor) -> float:
+    @property
+    def bytes_per_token(self) -> int:
         """The gradient takes the logits' place."""
-        return weight_VD.itemsize
+        return self._weight_VD.shape[0] * self._weight_VD.itemsize
 
     def logits(self, chunk: slice) -> torch.Tensor:
         """As `Products.logits`, each row beginning at a multiple of `ALIGNED_WORDS`."""
