@@ -10,6 +10,7 @@
 namespace megatron_kanana {
 
 constexpr int kFp8WidthUnit = 128;  // hidden size and width are multiples of it
+constexpr int kFp8ColumnTileRows = 64;
 
 struct Fp8Rows {
   const void* data;     // e4m3 [rows, width]
@@ -24,6 +25,10 @@ struct Fp8Weights {
 // data e4m3 [rows, width] and scales from values bf16 [rows, width].
 void fp8_quantize_rows(const void* values, int64_t rows, int width, void* data, float* scales,
                        void* stream);
+
+// The same with one scale a row, which stands in every block of it.
+void fp8_quantize_whole_rows(const void* values, int64_t rows, int width, void* data, float* scales,
+                             void* stream);
 
 // data e4m3 [E, rows, columns], transposed e4m3 [E, columns, rows] and scales from values bf16.
 void fp8_quantize_weights(const void* values, int experts, int rows, int columns, void* data,
@@ -58,6 +63,36 @@ void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
                                const KeptPreActivation& kept, void* grad_pre_activation,
                                void* quantized_grad, float* grad_scales, void* weighted_activation,
                                float* grad_weight_parts, void* stream);
+
+// Rows as products take them that sum over rows. Each 64 rows of an expert, from its first one on,
+// are a tile, e4m3 [columns, 64], in an order that these kernels alone know, with a scale for each
+// 128 columns, which two tiles of 128 rows share.
+struct Fp8Columns {
+  void* data;     // [tiles, columns, 64]
+  float* scales;  // [tiles, columns / 128]
+};
+
+int64_t fp8_column_tiles(const ExpertSizes& sizes);
+
+// The same with all that the weights' gradients take quantised: `gradient`, of the pre-activation,
+// and `activation`. They are multiplied by the scales of the rows of hidden_states and of grad_out
+// they are to meet, which whole rows have: a scale that differs from row to row can't be taken out
+// of a sum over rows.
+void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
+                               const Fp8Rows& grad_out, const Fp8Weights& down,
+                               const KeptPreActivation& kept, const float* hidden_states_scales,
+                               void* quantized_grad, float* grad_scales, const Fp8Columns& gradient,
+                               const Fp8Columns& activation, float* grad_weight_parts,
+                               void* stream);
+
+// As experts_grad_down and experts_grad_gate_up, of whole rows of e4m3. `sums_are_zero`: the
+// gradient is zero so far, and need not be read.
+void fp8_experts_grad_down(const ExpertSizes& sizes, const ExpertRows& rows, const void* grad_out,
+                           const Fp8Columns& activation, float* grad_down, bool sums_are_zero,
+                           void* stream);
+void fp8_experts_grad_gate_up(const ExpertSizes& sizes, const ExpertRows& rows,
+                              const Fp8Columns& gradient, const void* hidden_states,
+                              float* grad_gate_up, bool sums_are_zero, void* stream);
 
 // As experts_up_backward, with gate_up transposed, [E, D, 2N]; grad_rows is bf16.
 void fp8_experts_up_backward(const ExpertSizes& sizes, const ExpertRows& rows,

@@ -55,6 +55,34 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % kBlockThreads == 0) scales[piece / kBlockThreads] = scale;
 }
 
+// What meets a row of zeros is multiplied by its scale, and must not decide how others are rounded.
+constexpr float kScaleOfZeros = 0x1p-40f;
+
+// By a warp, which reads the row again once it knows its largest number.
+__global__ void __launch_bounds__(kThreads)
+    quantize_whole_rows_kernel(const __nv_bfloat16* values, int64_t rows, int width, uint2* data,
+                               float* scales) {
+  const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= rows) return;
+  const int lane = threadIdx.x % kWarp, pieces = width / kAtOnce, blocks = width / kScaleBlock;
+  values += row * width;
+  float loaded[kAtOnce], largest = 0.0f;
+  for (int piece = lane; piece < pieces; piece += kWarp) {
+    load_values(values + piece * kAtOnce, loaded);
+    largest = fmaxf(largest, largest_of(loaded));
+  }
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+  }
+  const float scale = largest > 0.0f ? scale_of(largest) : kScaleOfZeros, inverse = 1.0f / scale;
+  for (int piece = lane; piece < pieces; piece += kWarp) {
+    load_values(values + piece * kAtOnce, loaded);
+    data[row * pieces + piece] = quantize(loaded, inverse);
+  }
+  for (int block = lane; block < blocks; block += kWarp) scales[row * blocks + block] = scale;
+}
+
 // A block of threads for each block of a scale.
 __global__ void __launch_bounds__(kThreads)
     quantize_weights_kernel(const __nv_bfloat16* values, int rows, int columns, uint8_t* data,
@@ -120,6 +148,16 @@ void fp8_quantize_rows(const void* values, int64_t rows, int width, void* data, 
   quantize_rows_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const __nv_bfloat16*>(values), pieces, static_cast<uint2*>(data), scales);
   sm90::check_cuda("fp8_quantize_rows");
+}
+
+void fp8_quantize_whole_rows(const void* values, int64_t rows, int width, void* data, float* scales,
+                             void* stream) {
+  if (rows == 0) return;
+  constexpr int kRows = kThreads / kWarp;
+  const auto blocks = static_cast<unsigned>((rows + kRows - 1) / kRows);
+  quantize_whole_rows_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const __nv_bfloat16*>(values), rows, width, static_cast<uint2*>(data), scales);
+  sm90::check_cuda("fp8_quantize_whole_rows");
 }
 
 void fp8_quantize_weights(const void* values, int experts, int rows, int columns, void* data,

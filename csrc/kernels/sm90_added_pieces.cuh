@@ -67,9 +67,6 @@ class AddedPieces {
   __device__ __forceinline__ uint32_t staged(int row, int part) const {
     return staged_ + row * kRowBytes + (part ^ (row % 4 * 2)) * 16;
   }
-  static __device__ __forceinline__ void store_floats(uint32_t address, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-  }
   static __device__ __forceinline__ float4 load_floats(uint32_t address) {
     float4 found;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

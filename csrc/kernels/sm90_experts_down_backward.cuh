@@ -10,8 +10,19 @@
 
 namespace megatron_kanana::sm90 {
 
+// A quantisation of gradients and activation that changes neither of them, and that takes no part
+// in how they are stored.
+struct BesideBf16 {
+  static constexpr bool kStores = false;
+  __device__ __forceinline__ void begin(int, int) {}
+  __device__ __forceinline__ void skip() {}
+  __device__ __forceinline__ float gradient_factor(int) const { return 1.0f; }
+  __device__ __forceinline__ float activation_factor(int) const { return 1.0f; }
+  __device__ __forceinline__ void note_activation(int, float, float) {}
+};
+
 // What follows the gradients of a tile's pre-activation where nothing does.
-struct NoQuantization {
+struct NoQuantization : BesideBf16 {
   struct Arguments {};
   struct Shared {};
   __device__ NoQuantization(const Arguments&, Shared&, int) {}
@@ -52,7 +63,8 @@ class Bf16PreActivation {
   }
 };
 
-// kColumns_: of a tile. Quantization: sees the gradients, and then their tiles in shared memory.
+// kColumns_: of a tile. Quantization: sees the gradients, and then their tiles in shared memory;
+// with kStores it writes them and the activation itself, each times a factor of its row.
 // PreActivation: how it is kept.
 template <int kColumns_, class Quantization, class PreActivation = Bf16PreActivation>
 class DownBackward {
@@ -112,7 +124,11 @@ class DownBackward {
         weights_[half] = __ldg(arguments_.weights + __ldg(arguments_.slot_of_row + row));
       }
     }
+    quantization_.begin(first_row, valid_rows);
   }
+
+  // A tile without rows of this warpgroup.
+  __device__ __forceinline__ void skip() { quantization_.skip(); }
 
   template <class MatmulShared, class StageRing>
   __device__ __forceinline__ void finish(const float (&sums)[kColumns / 2], const RowTile& tile,
@@ -132,6 +148,7 @@ class DownBackward {
       barrier_wait(&shared.full[ring.stage], ring.parity);
       if (piece == 0) pre_activation_.take(places[0], 1 + warpgroup_);
       differentiate(sums, piece, places[piece], activations[piece], products);
+      if constexpr (Quantization::kStores) continue;
       fence_shared_for_async();
       named_sync(1 + warpgroup_, kWarpgroup);
       if (leader) {
@@ -142,25 +159,11 @@ class DownBackward {
       }
     }
     store_grad_weights(products, tile, first_row, valid_rows);
-    quantization_.finish(places, tile, first_row, valid_rows);
-
-    // The activations go where the gradients of the first pieces are no longer needed.
-    static_assert(kPieces <= 4);
-    if (leader) bulk_wait_read<1>();
-    named_sync(1 + warpgroup_, kWarpgroup);
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      stage_tile(shared_address(places[piece / 2][piece % 2]), activations[piece]);
-    }
-    fence_shared_for_async();
-    named_sync(1 + warpgroup_, kWarpgroup);
-    if (leader) {
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        arguments_.activation.store(places[piece / 2][piece % 2], column + piece * kChunk,
-                                    first_row, valid_rows);
-      }
-      bulk_commit();
+    if constexpr (Quantization::kStores) {
+      quantization_.finish(places, activations, tile, first_row, valid_rows);
+    } else {
+      quantization_.finish(places, tile, first_row, valid_rows);
+      store_activations(places, activations, column, first_row, valid_rows);
     }
     holds_ = true;
   }
@@ -199,17 +202,45 @@ class DownBackward {
         const float2 g = pairs.gate[i], u = pairs.up[i];
         const float first = sums[piece * 32 + part * 8 + 2 * i];
         const float second = sums[piece * 32 + part * 8 + 2 * i + 1];
-        const auto x = SwigluGradient::of(g.x, u.x, weight * first);
-        const auto y = SwigluGradient::of(g.y, u.y, weight * second);
+        const float factor = weight * quantization_.gradient_factor(half);
+        const auto x = SwigluGradient::of(g.x, u.x, factor * first);
+        const auto y = SwigluGradient::of(g.y, u.y, factor * second);
         products[half] += first * x.activation + second * y.activation;
         gate[i] = pack_bf16(x.grad_gate, y.grad_gate);
         up[i] = pack_bf16(x.grad_up, y.grad_up);
         quantization_.note(half, {x.grad_gate, y.grad_gate}, {x.grad_up, y.grad_up});
-        activations[part][i] = pack_bf16(weight * x.activation, weight * y.activation);
+        const float of_activation = weight * quantization_.activation_factor(half);
+        const float a = of_activation * x.activation, b = of_activation * y.activation;
+        quantization_.note_activation(half, a, b);
+        activations[part][i] = pack_bf16(a, b);
       }
       const uint32_t offset = part_address(0, part);
       store_matrices(gates + offset, gate[0], gate[1], gate[2], gate[3]);
       store_matrices(ups + offset, up[0], up[1], up[2], up[3]);
+    }
+  }
+
+  // Where the gradients of the first pieces lay, once they are no longer needed.
+  __device__ __forceinline__ void store_activations(uint8_t* const (&places)[kPieces][2],
+                                                    const uint32_t (&activations)[kPieces][4][4],
+                                                    int column, int first_row, int valid_rows) {
+    static_assert(kPieces <= 4);
+    const bool leader = threadIdx.x % kWarpgroup == 0;
+    if (leader) bulk_wait_read<1>();
+    named_sync(1 + warpgroup_, kWarpgroup);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      stage_tile(shared_address(places[piece / 2][piece % 2]), activations[piece]);
+    }
+    fence_shared_for_async();
+    named_sync(1 + warpgroup_, kWarpgroup);
+    if (leader) {
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        arguments_.activation.store(places[piece / 2][piece % 2], column + piece * kChunk,
+                                    first_row, valid_rows);
+      }
+      bulk_commit();
     }
   }
 

@@ -4,88 +4,12 @@
 
 #include <type_traits>
 
-#include "sm90_experts_down_backward.cuh"
 #include "sm90_fp8_experts_launch.h"
-#include "sm90_fp8_staged_rows.cuh"
+#include "sm90_fp8_gradient_columns.cuh"
 
 namespace megatron_kanana {
 namespace sm90 {
 namespace {
-
-// Gradients of gate and up of 128 columns, each row's with a scale of its own.
-class QuantizedGradients {
- public:
-  struct Arguments {
-    StoredRows gate, up;
-    float* scales;  // [rows, 2 * blocks], those of up behind those of gate
-    int blocks;
-  };
-  struct Shared {
-    uint8_t staged[2][kStagedBytes];
-  };
-
-  __device__ QuantizedGradients(const Arguments& arguments, Shared& shared, int warpgroup)
-      : arguments_(arguments), shared_(shared), warpgroup_(warpgroup) {}
-
-  __device__ __forceinline__ void note(int half, float2 gate, float2 up) {
-    largest_gate_[half] = fmaxf(largest_gate_[half], fmaxf(fabsf(gate.x), fabsf(gate.y)));
-    largest_up_[half] = fmaxf(largest_up_[half], fmaxf(fabsf(up.x), fabsf(up.y)));
-  }
-
-  // The tiles lie in shared memory, on their way to memory. Those of the last tile have left, for
-  // the warpgroup has freed its stages since.
-  template <int kPieces>
-  __device__ __forceinline__ void finish(uint8_t* const (&places)[kPieces][2], const RowTile& tile,
-                                         int first_row, int valid_rows) {
-    static_assert(kPieces * kChunk == kScaleBlock);
-    const bool leader = threadIdx.x % kWarpgroup == 0;
-    const int stride = 2 * arguments_.blocks;
-    float* scales = arguments_.scales + int64_t(first_row) * stride + tile.column_tile;
-    float inverses[2];
-    find_scales(largest_gate_, inverses, scales, stride, valid_rows);
-    quantize<0>(places, inverses);
-    find_scales(largest_up_, inverses, scales + arguments_.blocks, stride, valid_rows);
-    quantize<1>(places, inverses);
-    fence_shared_for_async();
-    named_sync(1 + warpgroup_, kWarpgroup);
-    if (leader) {
-      const int column = tile.column_tile * kScaleBlock / 2;
-      arguments_.gate.store(shared_.staged[0], column, first_row, valid_rows);
-      arguments_.up.store(shared_.staged[1], column, first_row, valid_rows);
-      bulk_commit();
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) largest_gate_[half] = largest_up_[half] = 0.0f;
-  }
-
- private:
-  template <int kWhich, int kPieces>
-  __device__ __forceinline__ void quantize(uint8_t* const (&places)[kPieces][2],
-                                           const float (&inverses)[2]) {
-    const uint32_t staged = shared_address(shared_.staged[kWhich]);
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const uint32_t tile = shared_address(places[piece][kWhich]);
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        uint32_t values[4];
-        load_matrices(tile + part_address(0, part), values[0], values[1], values[2], values[3]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int half = i % 2, eight = piece * 8 + part * 2 + i / 2;
-          const float2 pair = unpack_bf16(values[i]);
-          store_pair(pair_address(staged, eight, half),
-                     pack_e4m3(pair.x * inverses[half], pair.y * inverses[half]));
-        }
-      }
-    }
-  }
-
-  const Arguments& arguments_;
-  Shared& shared_;
-  const int warpgroup_;
-  float largest_gate_[2] = {0.0f, 0.0f}, largest_up_[2] = {0.0f, 0.0f};
-};
 
 // A pre-activation in 8 bits: a stage holds all 128 columns of a tile, which a thread takes into
 // registers.
@@ -133,58 +57,109 @@ class Fp8PreActivation {
   float gate_scales_[2], up_scales_[2];
 };
 
-template <bool kKeptFp8>
-void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& grad_out,
-            const Fp8Weights& down, const KeptPreActivation& kept, void* grad_pre_activation,
-            void* quantized_grad, float* grad_scales, void* weighted_activation,
+template <class Quantization, bool kKeptFp8>
+using Epilogue = DownBackward<kScaleBlock, Quantization,
+                              std::conditional_t<kKeptFp8, Fp8PreActivation, Bf16PreActivation>>;
+
+struct Operands {
+  const ExpertSizes& sizes;
+  const ExpertRows& rows;
+  const Fp8Rows& grad_out;
+  const Fp8Weights& down;
+  const KeptPreActivation& kept;
+};
+
+QuantizedGradients::Arguments gradient_rows(const ExpertSizes& sizes, void* data, float* scales) {
+  const auto half = [&](int first_column) {
+    return open_rows(columns_from(data, first_column / 2), sizes.rows, sizes.width / 2,
+                     sizes.width);
+  };
+  return {half(0), half(sizes.width), scales, sizes.width / kScaleBlock};
+}
+
+// `epilogue`: but for what it shares with all others.
+template <class Quantization, bool kKeptFp8>
+void launch(const Operands& operands,
+            const typename Epilogue<Quantization, kKeptFp8>::Arguments& epilogue,
             float* grad_weight_parts, void* stream) {
-  using PreActivation = std::conditional_t<kKeptFp8, Fp8PreActivation, Bf16PreActivation>;
-  using Epilogue = DownBackward<kScaleBlock, QuantizedGradients, PreActivation>;
-  using Matmul = Fp8RowMatmul<true, 5, Epilogue>;
+  using Matmul = Fp8RowMatmul<true, 5, Epilogue<Quantization, kKeptFp8>>;
+  const auto& [sizes, rows, grad_out, down, kept] = operands;
   const int width = sizes.width, blocks = width / kScaleBlock;
   const int kept_width = kKeptFp8 ? width / 2 : width;  // as bf16
   const auto kept_map = [&](int first_column) {
     return ordered_rows_map(columns_from(kept.data, first_column), sizes.rows, kept_width,
                             2 * kept_width, kStoredRows);
   };
-  const auto half_rows = [&](int first_column) {
-    return open_rows(columns_from(grad_pre_activation, first_column), sizes.rows, width, 2 * width);
-  };
-  const auto quantized_rows = [&](int first_column) {
-    return open_rows(columns_from(quantized_grad, first_column / 2), sizes.rows, width / 2, width);
-  };
   typename Matmul::Arguments arguments;
   arguments.b =
-      weights_map(down.data, sizes.experts, width, sizes.hidden_size / 2, Epilogue::kColumns / 2);
+      weights_map(down.data, sizes.experts, width, sizes.hidden_size / 2, Matmul::kColumns / 2);
   arguments.gathered = gathered_fp8_rows(sizes, rows, grad_out.data);
   arguments.groups = row_groups(sizes, rows);
   arguments.depth = sizes.hidden_size / 2;
   arguments.column_tiles = blocks;
-  arguments.second_half = Epilogue::kColumns / 2;
-  arguments.epilogue = {.pre_activation = {.gate = kept_map(0), .up = kept_map(kept_width)},
-                        .grad_gate = half_rows(0),
-                        .grad_up = half_rows(width),
-                        .activation = open_rows(weighted_activation, sizes.rows, width, width),
-                        .weights = rows.weights,
-                        .slot_of_row = rows.slot_of_row,
-                        .grad_weight_parts = grad_weight_parts,
-                        .column_tiles = blocks,
-                        .quantization = {.gate = quantized_rows(0),
-                                         .up = quantized_rows(width),
-                                         .scales = grad_scales,
-                                         .blocks = blocks}};
+  arguments.second_half = Matmul::kColumns / 2;
+  arguments.epilogue = epilogue;
+  arguments.epilogue.pre_activation.gate = kept_map(0);
+  arguments.epilogue.pre_activation.up = kept_map(kept_width);
   if constexpr (kKeptFp8) {
     arguments.epilogue.pre_activation.scales = kept.scales;
     arguments.epilogue.pre_activation.blocks = blocks;
   }
+  arguments.epilogue.weights = rows.weights;
+  arguments.epilogue.slot_of_row = rows.slot_of_row;
+  arguments.epilogue.grad_weight_parts = grad_weight_parts;
+  arguments.epilogue.column_tiles = blocks;
   arguments.scales = scales_of(grad_out.scales, down.scales, sizes.hidden_size, width, true);
   launch_fp8_row_matmul<Matmul>(arguments, "fp8_experts_down_backward", stream);
+}
+
+template <bool kKeptFp8>
+void launch_beside_bf16(const Operands& operands, void* grad_pre_activation, void* quantized_grad,
+                        float* grad_scales, void* weighted_activation, float* grad_weight_parts,
+                        void* stream) {
+  const ExpertSizes& sizes = operands.sizes;
+  const int width = sizes.width;
+  const auto half = [&](int first_column) {
+    return open_rows(columns_from(grad_pre_activation, first_column), sizes.rows, width, 2 * width);
+  };
+  typename Epilogue<QuantizedGradients, kKeptFp8>::Arguments epilogue;
+  epilogue.grad_gate = half(0);
+  epilogue.grad_up = half(width);
+  epilogue.activation = open_rows(weighted_activation, sizes.rows, width, width);
+  epilogue.quantization = gradient_rows(sizes, quantized_grad, grad_scales);
+  launch<QuantizedGradients, kKeptFp8>(operands, epilogue, grad_weight_parts, stream);
+}
+
+template <bool kKeptFp8>
+void launch_columns(const Operands& operands, const float* hidden_states_scales,
+                    void* quantized_grad, float* grad_scales, const Fp8Columns& gradient,
+                    const Fp8Columns& activation, float* grad_weight_parts, void* stream) {
+  const ExpertSizes& sizes = operands.sizes;
+  const auto stored = [](const Fp8Columns& columns, int width) {
+    return StoredColumns{static_cast<uint8_t*>(columns.data), columns.scales, width};
+  };
+  typename Epilogue<GradientColumns, kKeptFp8>::Arguments epilogue;
+  epilogue.quantization = {
+      .rows = gradient_rows(sizes, quantized_grad, grad_scales),
+      .gradient = stored(gradient, 2 * sizes.width),
+      .activation = stored(activation, sizes.width),
+      .hidden_states_scales = hidden_states_scales,
+      .grad_out_scales = operands.grad_out.scales,
+      .scales_of_a_token = sizes.hidden_size / kScaleBlock,
+      .tokens = gathered_rows(sizes, operands.rows, nullptr),
+      .groups = row_groups(sizes, operands.rows),
+  };
+  launch<GradientColumns, kKeptFp8>(operands, epilogue, grad_weight_parts, stream);
 }
 
 }  // namespace
 }  // namespace sm90
 
 int fp8_experts_grad_weight_parts(const ExpertSizes& sizes) { return sizes.width / kScaleBlock; }
+
+int64_t fp8_column_tiles(const ExpertSizes& sizes) {
+  return sm90::first_column_tile(sizes.rows, sizes.experts);
+}
 
 void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
                                const Fp8Rows& grad_out, const Fp8Weights& down,
@@ -193,9 +168,24 @@ void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
                                float* grad_weight_parts, void* stream) {
   if (sizes.rows == 0) return;
   sm90::enter_device();
-  const auto launch = kept.scales == nullptr ? sm90::launch<false> : sm90::launch<true>;
-  launch(sizes, rows, grad_out, down, kept, grad_pre_activation, quantized_grad, grad_scales,
+  const auto launch =
+      kept.scales == nullptr ? sm90::launch_beside_bf16<false> : sm90::launch_beside_bf16<true>;
+  launch({sizes, rows, grad_out, down, kept}, grad_pre_activation, quantized_grad, grad_scales,
          weighted_activation, grad_weight_parts, stream);
+}
+
+void fp8_experts_down_backward(const ExpertSizes& sizes, const ExpertRows& rows,
+                               const Fp8Rows& grad_out, const Fp8Weights& down,
+                               const KeptPreActivation& kept, const float* hidden_states_scales,
+                               void* quantized_grad, float* grad_scales, const Fp8Columns& gradient,
+                               const Fp8Columns& activation, float* grad_weight_parts,
+                               void* stream) {
+  if (sizes.rows == 0) return;
+  sm90::enter_device();
+  const auto launch =
+      kept.scales == nullptr ? sm90::launch_columns<false> : sm90::launch_columns<true>;
+  launch({sizes, rows, grad_out, down, kept}, hidden_states_scales, quantized_grad, grad_scales,
+         gradient, activation, grad_weight_parts, stream);
 }
 
 }  // namespace megatron_kanana

@@ -101,6 +101,7 @@ __device__ void multiply_fp8_tiles(const typename Matmul::Arguments& arguments,
         barrier_wait(&shared.full[ring.stage], ring.parity);
         barrier_arrive(&shared.empty[ring.stage]);
       }
+      if constexpr (Epilogue::kLoadedStages > 0) epilogue.skip();
       continue;
     }
     epilogue.begin(tile, first_row, valid_rows);

@@ -25,15 +25,18 @@ __device__ __forceinline__ void store_pair(uint32_t address, uint16_t pair) {
 }
 
 // Scales of a thread's two rows from their largest magnitudes, of which one of four threads keeps
-// one in memory: [rows, blocks], `place` that of the warpgroup's first row.
+// one in memory, times a factor: [rows, blocks], `place` that of the warpgroup's first row.
 __device__ __forceinline__ void find_scales(const float (&largest)[2], float (&inverses)[2],
-                                            float* place, int blocks, int valid_rows) {
+                                            float* place, int blocks, int valid_rows,
+                                            const float (&factors)[2] = {1.0f, 1.0f}) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float scale = scale_of(largest_of_row(largest[half]));
     inverses[half] = 1.0f / scale;
     const int row = accumulator_row() + 8 * half;
-    if (threadIdx.x % 4 == 0 && row < valid_rows) place[int64_t(row) * blocks] = scale;
+    if (threadIdx.x % 4 == 0 && row < valid_rows) {
+      place[int64_t(row) * blocks] = scale * factors[half];
+    }
   }
 }
 

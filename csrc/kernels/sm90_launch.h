@@ -14,6 +14,10 @@ namespace megatron_kanana::sm90 {
 CUtensorMap bf16_tensor_map(const void* data, std::initializer_list<int64_t> sizes,
                             std::initializer_list<int64_t> strides, std::initializer_list<int> box);
 
+// The same of fp32, where rows of 32 columns fill a swizzle of 128 bytes.
+CUtensorMap fp32_tensor_map(const void* data, std::initializer_list<int64_t> sizes,
+                            std::initializer_list<int64_t> strides, std::initializer_list<int> box);
+
 // Makes the current device's context that of this thread, which describing tensors needs and which
 // nothing may have done yet where autograd runs the backward in a thread of its own.
 void enter_device();

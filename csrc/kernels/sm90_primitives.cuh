@@ -131,6 +131,22 @@ __device__ __forceinline__ void load_bytes(void* destination, const void* source
       : "memory");
 }
 
+__device__ __forceinline__ void store_bytes(void* destination, const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
+               "r"(shared_address(source)), "r"(bytes)
+               : "memory");
+}
+
+// Adds a box of fp32 numbers to a tensor of three dimensions; parts outside are left out.
+__device__ __forceinline__ void add_box(const CUtensorMap* map, const void* source, int column,
+                                        int row, int matrix) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}],"
+      " [%1];" ::"l"(map),
+      "r"(shared_address(source)), "r"(column), "r"(row), "r"(matrix)
+      : "memory");
+}
+
 // Adds fp32 numbers in shared memory to those in global memory.
 __device__ __forceinline__ void add_floats(float* destination, const float* source,
                                            uint32_t bytes) {
@@ -204,6 +220,10 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
   return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000)};
 }
 
+__device__ __forceinline__ void store_floats(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l names the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
                                                uint32_t d) {
@@ -212,10 +232,28 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
-// The same the other way.
+// The same, each matrix transposed.
+__device__ __forceinline__ void store_transposed_matrices(uint32_t address, uint32_t a, uint32_t b,
+                                                          uint32_t c, uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
+// store_matrices the other way.
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t& a, uint32_t& b,
                                               uint32_t& c, uint32_t& d) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
+               : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ __forceinline__ void load_transposed_matrices(uint32_t address, uint32_t& a, uint32_t& b,
+                                                         uint32_t& c, uint32_t& d) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
                : "r"(address)
                : "memory");

@@ -170,6 +170,18 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint64_t a, uint64_t 
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
+// The same with A in registers: a[0] row g and a[1] row g+8 of columns 4c to 4c+3, a[2] and a[3]
+// those of columns 4c+16 to 4c+19.
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                           bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" REGISTERS_0 ", " REGISTERS_1
+      ", " REGISTERS_2 ", " REGISTERS_3 "}, {%64, %65, %66, %67}, %68, accumulate, 1, 1;\n}\n"
+      : IN_OUT_128
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
 #undef WGMMA_SHARED
 #undef WGMMA_REGISTERS
 #undef REGISTERS_0

@@ -14,7 +14,8 @@ TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
       "Tensor offsets, Tensor slot_of_row, Tensor row_of_slot, Tensor gate_up_transposed, "
       "Tensor gate_up_scales, Tensor down_transposed, Tensor down_scales, "
       "Tensor(a!) pre_activation, Tensor pre_activation_scales, Tensor(b!) grad_gate_up, "
-      "Tensor(c!) grad_down) -> (Tensor grad_hidden_states, Tensor grad_weights)");
+      "Tensor(c!) grad_down, bool fp8_weight_gradients, bool sums_are_zero) "
+      "-> (Tensor grad_hidden_states, Tensor grad_weights)");
   library.def(
       "fp8_gated_mlp_forward(Tensor hidden_states, Tensor gate_up, Tensor gate_up_scales, "
       "Tensor down, Tensor down_scales, bool keep_fp8) "
@@ -23,5 +24,6 @@ TORCH_LIBRARY_FRAGMENT(megatron_kanana, library) {
       "fp8_gated_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor gate_up_transposed, "
       "Tensor gate_up_scales, Tensor down_transposed, Tensor down_scales, "
       "Tensor(a!) pre_activation, Tensor pre_activation_scales, Tensor(b!) grad_gate_up, "
-      "Tensor(c!) grad_down) -> Tensor grad_hidden_states");
+      "Tensor(c!) grad_down, bool fp8_weight_gradients, bool sums_are_zero) "
+      "-> Tensor grad_hidden_states");
 }

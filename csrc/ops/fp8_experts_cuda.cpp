@@ -90,11 +90,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fp8_quantize_weights_cuda(
   return {data, transposed, scales};
 }
 
-Quantized quantize_rows(const at::Tensor& values, const char* name, void* stream) {
+// In blocks, or with `quantize` = fp8_quantize_whole_rows each row with one scale.
+Quantized quantize_rows(const at::Tensor& values, const char* name, void* stream,
+                        decltype(fp8_quantize_rows)* quantize = fp8_quantize_rows) {
   Quantized quantized = Quantized::empty(values.size(0), values.size(1), values.options());
-  fp8_quantize_rows(aligned_data(values, name), values.size(0), to_int(values.size(1), "width"),
-                    quantized.data.mutable_data_ptr(), quantized.scales.mutable_data_ptr<float>(),
-                    stream);
+  quantize(aligned_data(values, name), values.size(0), to_int(values.size(1), "width"),
+           quantized.data.mutable_data_ptr(), quantized.scales.mutable_data_ptr<float>(), stream);
   return quantized;
 }
 
@@ -141,14 +142,37 @@ std::tuple<at::Tensor, Kept> forward_products(const Pass& pass, const at::Tensor
 struct Gradients {
   const at::Tensor &gate_up, &down;  // fp32, added to
   float* weight_parts;               // of the routing weights, or null
+  bool in_fp8;                       // those of the weights
+  bool sums_are_zero;
+
+  float* gate_up_sums() const { return gradient_data(gate_up, "grad_gate_up"); }
+  float* down_sums() const { return gradient_data(down, "grad_down"); }
 };
 
-// The gradient of the experts' inputs, [rows, hidden size]. That of a pre-activation in bf16 takes
-// its place: a tile is read before it is written, and nothing else reads it. The weights' gradients
-// are products of bf16: their time is that of moving operands and sums (docs/precision.md).
-at::Tensor backward_products(const Pass& pass, const at::Tensor& grad_out,
-                             const at::Tensor& hidden_states, const QuantizedExperts& experts,
-                             const Kept& kept, const Gradients& gradients) {
+struct Columns {
+  at::Tensor data, scales;
+
+  static Columns empty(const ExpertSizes& sizes, int64_t width, const at::TensorOptions& options) {
+    const int64_t tiles = fp8_column_tiles(sizes);
+    return {at::empty({tiles, width, kFp8ColumnTileRows}, options.dtype(kFp8)),
+            at::empty({tiles, width / kFp8WidthUnit}, options.dtype(at::kFloat))};
+  }
+  Fp8Columns columns() const { return {data.mutable_data_ptr(), scales.mutable_data_ptr<float>()}; }
+};
+
+struct Backward {
+  const Pass& pass;
+  const at::Tensor &grad_out, &hidden_states;
+  const QuantizedExperts& experts;
+  const Kept& kept;
+  const Gradients& gradients;
+};
+
+// Adds the weights' gradients, products of bf16, and returns the pre-activation's. That of a
+// pre-activation in bf16 takes its place: a tile is read before it is written, and nothing else
+// reads it.
+Quantized weight_gradients_in_bf16(const Backward& backward) {
+  const auto& [pass, grad_out, hidden_states, experts, kept, gradients] = backward;
   const int64_t rows = pass.sizes.rows, width = pass.sizes.width;
   const auto options = hidden_states.options();
   at::Tensor grad_pre_activation =
@@ -163,14 +187,49 @@ at::Tensor backward_products(const Pass& pass, const at::Tensor& grad_out,
                               activation.mutable_data_ptr(), gradients.weight_parts, pass.stream);
   }
   experts_grad_down(pass.sizes, pass.rows, grad_out.const_data_ptr(), activation.const_data_ptr(),
-                    gradient_data(gradients.down, "grad_down"), pass.stream);
+                    gradients.down_sums(), pass.stream);
   activation.reset();
   experts_grad_gate_up(pass.sizes, pass.rows, grad_pre_activation.const_data_ptr(),
-                       aligned_data(hidden_states, "hidden_states"),
-                       gradient_data(gradients.gate_up, "grad_gate_up"), pass.stream);
-  grad_pre_activation.reset();
-  at::Tensor grad_of_rows = at::empty({rows, pass.sizes.hidden_size}, options);
-  fp8_experts_up_backward(pass.sizes, pass.rows, grad.rows(), experts.gate_up.weights(),
+                       aligned_data(hidden_states, "hidden_states"), gradients.gate_up_sums(),
+                       pass.stream);
+  return grad;
+}
+
+// The same with the weights' gradients in fp8.
+Quantized weight_gradients_in_fp8(const Backward& backward) {
+  const auto& [pass, grad_out, hidden_states, experts, kept, gradients] = backward;
+  const int64_t rows = pass.sizes.rows, width = pass.sizes.width;
+  const auto options = hidden_states.options();
+  Quantized grad = Quantized::empty(rows, 2 * width, options);
+  const Columns columns = Columns::empty(pass.sizes, 2 * width, options);
+  const Quantized inputs =
+      quantize_rows(hidden_states, "hidden_states", pass.stream, fp8_quantize_whole_rows);
+  {
+    const Columns activation = Columns::empty(pass.sizes, width, options);
+    const Quantized grad_outs =
+        quantize_rows(grad_out, "grad_out", pass.stream, fp8_quantize_whole_rows);
+    fp8_experts_down_backward(pass.sizes, pass.rows, grad_outs.rows(), experts.down.weights(),
+                              kept.pre_activation(), inputs.scales.const_data_ptr<float>(),
+                              grad.data.mutable_data_ptr(), grad.scales.mutable_data_ptr<float>(),
+                              columns.columns(), activation.columns(), gradients.weight_parts,
+                              pass.stream);
+    fp8_experts_grad_down(pass.sizes, pass.rows, grad_outs.data.const_data_ptr(),
+                          activation.columns(), gradients.down_sums(), gradients.sums_are_zero,
+                          pass.stream);
+  }
+  fp8_experts_grad_gate_up(pass.sizes, pass.rows, columns.columns(), inputs.data.const_data_ptr(),
+                           gradients.gate_up_sums(), gradients.sums_are_zero, pass.stream);
+  return grad;
+}
+
+// The gradient of the experts' inputs, [rows, hidden size].
+at::Tensor backward_products(const Backward& backward) {
+  const Pass& pass = backward.pass;
+  const Quantized grad = backward.gradients.in_fp8 ? weight_gradients_in_fp8(backward)
+                                                   : weight_gradients_in_bf16(backward);
+  at::Tensor grad_of_rows =
+      at::empty({pass.sizes.rows, pass.sizes.hidden_size}, backward.hidden_states.options());
+  fp8_experts_up_backward(pass.sizes, pass.rows, grad.rows(), backward.experts.gate_up.weights(),
                           grad_of_rows.mutable_data_ptr(), pass.stream);
   return grad_of_rows;
 }
@@ -228,7 +287,8 @@ std::tuple<at::Tensor, at::Tensor> fp8_experts_backward_cuda(
     const at::Tensor& gate_up_transposed, const at::Tensor& gate_up_scales,
     const at::Tensor& down_transposed, const at::Tensor& down_scales,
     const at::Tensor& pre_activation, const at::Tensor& pre_activation_scales,
-    const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
+    const at::Tensor& grad_gate_up, const at::Tensor& grad_down, bool fp8_weight_gradients,
+    bool sums_are_zero) {
   const Pass pass = routed_pass(hidden_states, weights, offsets, slot_of_row, row_of_slot,
                                 gate_up_transposed, true);
   const ExpertSizes& sizes = pass.sizes;
@@ -242,9 +302,10 @@ std::tuple<at::Tensor, at::Tensor> fp8_experts_backward_cuda(
   const int parts_of_row = fp8_experts_grad_weight_parts(sizes);
   at::Tensor parts =
       at::empty({sizes.rows, parts_of_row}, hidden_states.options().dtype(at::kFloat));
+  const Gradients gradients = {grad_gate_up, grad_down, parts.mutable_data_ptr<float>(),
+                               fp8_weight_gradients, sums_are_zero};
   const at::Tensor grad_of_rows =
-      backward_products(pass, grad_out, hidden_states, experts, kept,
-                        {grad_gate_up, grad_down, parts.mutable_data_ptr<float>()});
+      backward_products({pass, grad_out, hidden_states, experts, kept, gradients});
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
   experts_grad_weights(sizes, pass.rows, parts.const_data_ptr<float>(), parts_of_row,
                        grad_weights.mutable_data_ptr<float>(), pass.stream);
@@ -274,12 +335,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fp8_gated_mlp_forward_cuda(
   return {out, kept.data, kept.scales};
 }
 
-at::Tensor fp8_gated_mlp_backward_cuda(
-    const at::Tensor& grad_out, const at::Tensor& hidden_states,
-    const at::Tensor& gate_up_transposed, const at::Tensor& gate_up_scales,
-    const at::Tensor& down_transposed, const at::Tensor& down_scales,
-    const at::Tensor& pre_activation, const at::Tensor& pre_activation_scales,
-    const at::Tensor& grad_gate_up, const at::Tensor& grad_down) {
+at::Tensor fp8_gated_mlp_backward_cuda(const at::Tensor& grad_out, const at::Tensor& hidden_states,
+                                       const at::Tensor& gate_up_transposed,
+                                       const at::Tensor& gate_up_scales,
+                                       const at::Tensor& down_transposed,
+                                       const at::Tensor& down_scales,
+                                       const at::Tensor& pre_activation,
+                                       const at::Tensor& pre_activation_scales,
+                                       const at::Tensor& grad_gate_up, const at::Tensor& grad_down,
+                                       bool fp8_weight_gradients, bool sums_are_zero) {
   const Pass pass = dense_pass(hidden_states, gate_up_transposed, true);
   const ExpertSizes& sizes = pass.sizes;
   const QuantizedExperts experts = check_experts(
@@ -288,8 +352,9 @@ at::Tensor fp8_gated_mlp_backward_cuda(
   check_backward(grad_out, hidden_states, sizes, kept, {2 * sizes.width, sizes.hidden_size},
                  grad_gate_up, {sizes.hidden_size, sizes.width}, grad_down);
   const c10::DeviceGuard guard(hidden_states.device());
-  return backward_products(pass, grad_out, hidden_states, experts, kept,
-                           {grad_gate_up, grad_down, nullptr});
+  const Gradients gradients = {grad_gate_up, grad_down, nullptr, fp8_weight_gradients,
+                               sums_are_zero};
+  return backward_products({pass, grad_out, hidden_states, experts, kept, gradients});
 }
 
 }  // namespace

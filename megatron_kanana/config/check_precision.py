@@ -22,13 +22,15 @@ def check_precision(settings: Settings, environment: Environment) -> Iterator[Pr
     fp8 = resolve_fp8(settings.precision.fp8, device)
     if settings.precision.experts == "fp8":
         yield from _check_experts(settings, environment)
-    elif settings.precision.kept_activations == "fp8":
-        yield Problem(
-            "precision.kept_activations",
-            "fp8",
-            f"needs precision.experts = fp8, and it is {settings.precision.experts}",
-            "set precision=fp8_blockwise_experts or precision.kept_activations=bf16",
-        )
+    else:
+        for name in ("expert_weight_gradients", "kept_activations"):
+            if getattr(settings.precision, name) == "fp8":
+                yield Problem(
+                    f"precision.{name}",
+                    "fp8",
+                    f"needs precision.experts = fp8, and it is {settings.precision.experts}",
+                    f"set precision=fp8_blockwise_experts or precision.{name}=bf16",
+                )
     if settings.precision.output_layer == "fp8":
         yield from _check_output_layer(settings, environment)
     if fp8 == "none":

@@ -39,8 +39,13 @@ class PrecisionSettings:
     experts: str = setting(
         "bf16",
         help="format of the products of routed and shared experts: fp8 needs precision.fp8 ="
-        " blockwise and a Hopper GPU, and leaves their weights' gradients in bf16; a CPU leaves it"
-        " out; read docs/precision.md before",
+        " blockwise and a Hopper GPU; a CPU leaves it out; read docs/precision.md before",
+        choices=("bf16", "fp8"),
+    )
+    expert_weight_gradients: str = setting(
+        "bf16",
+        help="format of the products that are the gradients of routed and shared experts' weights:"
+        " fp8 needs precision.experts = fp8; sums are in fp32 either way; a CPU leaves it out",
         choices=("bf16", "fp8"),
     )
     kept_activations: str = setting(

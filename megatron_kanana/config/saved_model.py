@@ -74,6 +74,7 @@ def settings_of_saved_model(
         "schedule.micro_batch_size=1",
         "precision.fp8=none",  # single tokens are no multiples of what its products take
         "precision.experts=bf16",
+        "precision.expert_weight_gradients=bf16",
         "precision.kept_activations=bf16",
         "precision.output_layer=bf16",
     )

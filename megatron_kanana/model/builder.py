@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_kanana.config import Settings
 from megatron_kanana.device import Device
 from megatron_kanana.kernels.backend import Backends
+from megatron_kanana.kernels.moe.fp8 import Fp8Choices
 
 from .attention import core_attention_spec
 from .embedding import add_embedding_gradients_in_place
@@ -67,13 +68,16 @@ def gpt_model(
     """megatron-core's GPTModel with the project's layers; weights are megatron-core's."""
     model_class = MultiTokenGPTModel if settings.model.num_mtp_layers else LinearLossGPTModel
     attention = core_attention_spec(backends.attention, settings.kernels.deterministic)
+    in_fp8 = Fp8Choices(
+        kept_activations=settings.precision.kept_activations == "fp8",
+        weight_gradients=settings.precision.expert_weight_gradients == "fp8",
+    )
 
     def experts(in_bf16: bool) -> ExpertLayerSpec:
         return expert_layer_spec(
             settings.parallel.token_dispatcher,
             backends.experts,
-            fp8=backends.experts_fp8 and not in_bf16,
-            keep_fp8=settings.precision.kept_activations == "fp8",
+            fp8=in_fp8 if backends.experts_fp8 and not in_bf16 else None,
         )
 
     linear, norm = linear_layers(backends.linear), norm_class(backends.norm)

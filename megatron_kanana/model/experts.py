@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_kanana.kernels.moe import Permutation, routed_experts
-from megatron_kanana.kernels.moe.fp8 import routed_experts_fp8
+from megatron_kanana.kernels.moe.fp8 import Fp8Choices, routed_experts_fp8
 
 from .matrix_stack import MatrixStack, matrix_stack
 from .quantized_weights import WeightCopies
@@ -40,8 +40,7 @@ class GroupedExperts(MegatronModule):
         num_local_experts: E.
         config: megatron-core's; gives the sizes.
         backend: implementation (see `kernels.moe`).
-        fp8: whether products are computed in fp8 (see `kernels.moe.fp8`).
-        keep_fp8: whether these then keep the pre-activation in fp8.
+        fp8: what else is in fp8 where products are (see `kernels.moe.fp8`); None for bf16.
         pg_collection: megatron-core's process groups.
     """
 
@@ -51,15 +50,14 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         *,
         backend: str,
-        fp8: bool = False,
-        keep_fp8: bool = False,
+        fp8: Fp8Choices | None = None,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.backend = backend
-        self.fp8_copies = WeightCopies() if fp8 else None
-        self.keep_fp8 = keep_fp8
+        self.fp8 = fp8
+        self.fp8_copies = WeightCopies()
         self.is_first_microbatch = True
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp
@@ -104,10 +102,13 @@ class GroupedExperts(MegatronModule):
             [T, D], zero for tokens without an expert here, and megatron-core's bias, None.
         """
         inputs = (hidden_states, weights, permutation, self.gate_up, self.down)
-        if self.fp8_copies is None:
+        if self.fp8 is None:
             return routed_experts(*inputs, backend=self.backend), None
-        copies = self.fp8_copies.for_forward(self, (self.gate_up, self.down))
-        return routed_experts_fp8(*inputs, *copies, keep_fp8=self.keep_fp8), None
+        step = self.fp8_copies.for_forward(self, (self.gate_up, self.down))
+        out = routed_experts_fp8(
+            *inputs, *step.copies, choices=self.fp8, sums_are_zero=step.sums_are_zero
+        )
+        return out, None
 
     def sharded_state_dict(
         self,

@@ -36,6 +36,7 @@ from megatron_kanana.device.compatibility import (
     build_from_specification,
     prediction_layer_submodules,
 )
+from megatron_kanana.kernels.moe.fp8 import Fp8Choices
 
 from .experts import GroupedExperts
 from .linear_layers import IN_TORCH, LinearLayers
@@ -161,18 +162,17 @@ def _mlp_submodules(linear: LinearLayers) -> MLPSubmodules:
 
 
 def expert_layer_spec(
-    dispatcher: str, backend: str, *, fp8: bool = False, keep_fp8: bool = False
+    dispatcher: str, backend: str, *, fp8: Fp8Choices | None = None
 ) -> ExpertLayerSpec:
     """A layer of experts.
 
     Args:
         dispatcher: `parallel.token_dispatcher`.
         backend: implementation (see `kernels.moe`).
-        fp8: whether routed and shared experts are computed in fp8.
-        keep_fp8: whether these then keep gate and up in fp8.
+        fp8: what is in fp8 where routed and shared experts are computed in it; None for bf16.
     """
     params = {"backend": backend}
-    of_experts = {**params, "fp8": fp8, "keep_fp8": keep_fp8}
+    of_experts = {**params, "fp8": fp8}
     return ExpertLayerSpec(
         params={"dispatcher": dispatcher, **params},
         submodules=MoESubmodules(

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kanana.kernels.moe import gated_mlp
-from megatron_kanana.kernels.moe.fp8 import gated_mlp_fp8
+from megatron_kanana.kernels.moe.fp8 import Fp8Choices, gated_mlp_fp8
 
 from .quantized_weights import WeightCopies
 
@@ -28,8 +28,7 @@ class SharedExperts(SharedExpertMLP):
 
     Args:
         backend: implementation (see `kernels.moe`).
-        fp8: whether products are computed in fp8 (see `kernels.moe.fp8`).
-        keep_fp8: whether these then keep the pre-activation in fp8.
+        fp8: what else is in fp8 where products are (see `kernels.moe.fp8`); None for bf16.
         The others are megatron-core's.
     """
 
@@ -41,13 +40,12 @@ class SharedExperts(SharedExpertMLP):
         pg_collection: ProcessGroupCollection,
         *,
         backend: str,
-        fp8: bool = False,
-        keep_fp8: bool = False,
+        fp8: Fp8Choices | None = None,
     ) -> None:
         super().__init__(config, submodules, gate, pg_collection)
         self.backend = backend
-        self.fp8_copies = WeightCopies() if fp8 else None
-        self.keep_fp8 = keep_fp8
+        self.fp8 = fp8
+        self.fp8_copies = WeightCopies()
         self.is_first_microbatch = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -65,10 +63,12 @@ class SharedExperts(SharedExpertMLP):
     def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weights = (self.linear_fc1.weight, self.linear_fc2.weight)
         inputs = (hidden_states.flatten(0, -2), *weights)
-        if self.fp8_copies is None:
+        if self.fp8 is None:
             return gated_mlp(*inputs, backend=self.backend).view(hidden_states.shape)
-        copies = self.fp8_copies.for_forward(self, [weight[None] for weight in weights])
-        out = gated_mlp_fp8(*inputs, *copies, keep_fp8=self.keep_fp8)
+        step = self.fp8_copies.for_forward(self, [weight[None] for weight in weights])
+        out = gated_mlp_fp8(
+            *inputs, *step.copies, choices=self.fp8, sums_are_zero=step.sums_are_zero
+        )
         return out.view(hidden_states.shape)
 
 

@@ -13,7 +13,12 @@ from megatron_kanana.kernels.moe import (
     route,
     routed_experts,
 )
-from megatron_kanana.kernels.moe.fp8 import gated_mlp_fp8, quantize_weights, routed_experts_fp8
+from megatron_kanana.kernels.moe.fp8 import (
+    Fp8Choices,
+    gated_mlp_fp8,
+    quantize_weights,
+    routed_experts_fp8,
+)
 
 from .moe_reference import Sizes, random_inputs
 
@@ -64,11 +69,11 @@ def main() -> None:
             found.sum().backward()
         torch.cuda.synchronize()
         assert out.isfinite().all()
-    for (sizes, load), keep_fp8 in itertools.product(FP8_CASES, (False, True)):
-        run_in_fp8(sizes, load, keep_fp8=keep_fp8)
+    for (sizes, load), *in_fp8 in itertools.product(FP8_CASES, (False, True), (False, True)):
+        run_in_fp8(sizes, load, Fp8Choices(*in_fp8))
 
 
-def run_in_fp8(sizes: Sizes, load: str, *, keep_fp8: bool) -> None:
+def run_in_fp8(sizes: Sizes, load: str, choices: Fp8Choices) -> None:
     """Forward and backward of the experts in fp8."""
     inputs = random_inputs(sizes, load, dtype=torch.bfloat16)
     hidden_states, weights, gate_up, down = (
@@ -78,10 +83,10 @@ def run_in_fp8(sizes: Sizes, load: str, *, keep_fp8: bool) -> None:
     permutation = permutation_of(inputs.chosen.cuda(), sizes.experts, inputs.rows, backend="csrc")
     copies = [quantize_weights(weight) for weight in (gate_up, down)]
     out = routed_experts_fp8(
-        hidden_states, weights, permutation, gate_up, down, *copies, keep_fp8=keep_fp8
+        hidden_states, weights, permutation, gate_up, down, *copies, choices=choices
     )
     copies = [quantize_weights(weight[:1]) for weight in (gate_up, down)]
-    out = out + gated_mlp_fp8(hidden_states, gate_up[0], down[0], *copies, keep_fp8=keep_fp8)
+    out = out + gated_mlp_fp8(hidden_states, gate_up[0], down[0], *copies, choices=choices)
     out.backward(inputs.grad_out.cuda())
     torch.cuda.synchronize()
     assert out.isfinite().all()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_kanana.kernels.moe.fp8 import (
+    Fp8Choices,
     QuantizedWeights,
     gated_mlp_fp8,
     quantize_weights,
@@ -33,19 +34,36 @@ pytestmark = pytest.mark.gpu
 
 BLOCK = 128
 LARGEST_E4M3 = 448.0
-KEPT = pytest.mark.parametrize("keep_fp8", [False, True], ids=["kept_in_bf16", "kept_in_fp8"])
+CHOICES = pytest.mark.parametrize(
+    "choices",
+    [
+        Fp8Choices(kept_activations=kept, weight_gradients=weight_gradients)
+        for weight_gradients in (False, True)
+        for kept in (False, True)
+    ],
+    ids=["", "kept", "weight_gradients", "kept_and_weight_gradients"],
+)
+IN_BF16 = Fp8Choices()
 # Hopper's tensor cores keep some 14 bits of a sum of fp8 products, so that one number in thirty of
 # what is quantised after it falls on the other side of a rounding.
 RMS_ERROR = 0.03
 # Beside what the same numbers give unquantised: a rounding is 0.026, and gate and up that are kept
 # in fp8 are two more.
 RMS_ERROR_OF_FP8 = {False: 0.08, True: 0.1}
+SCALE_OF_ZEROS = 2.0**-40  # of a whole row
 
 
-def round_to_fp8(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+def round_to_fp8(
+    values: torch.Tensor, largest: torch.Tensor, of_zeros: float = 1.0
+) -> torch.Tensor:
     """float64 values -> the nearest that e4m3 with the scale of this largest value has."""
-    scale = torch.where(largest > 0, largest.double() / LARGEST_E4M3, 1.0).float()
+    scale = scale_of(largest, of_zeros)
     return (values.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+
+def scale_of(largest: torch.Tensor, of_zeros: float = 1.0) -> torch.Tensor:
+    """fp32 scale with which the largest value is the format's."""
+    return torch.where(largest > 0, largest.double() / LARGEST_E4M3, of_zeros).float()
 
 
 def fp8_rows(values: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,6 +71,26 @@ def fp8_rows(values: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tens
     blocks = values.unflatten(-1, (-1, BLOCK))
     largest = (values if of is None else of).unflatten(-1, (-1, BLOCK)).abs().amax(-1, keepdim=True)
     return round_to_fp8(blocks, largest).flatten(-2)
+
+
+def fp8_whole_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with one scale each, and these, [rows, 1]."""
+    largest = values.abs().amax(-1, keepdim=True)
+    scales = scale_of(largest, SCALE_OF_ZEROS).double()
+    return round_to_fp8(values, largest, SCALE_OF_ZEROS), scales
+
+
+def fp8_tiles(values: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """An expert's rows in tiles of 128 x 128, the last one with what is left of them."""
+    tiles = [
+        round_to_fp8(rows.unflatten(1, (-1, BLOCK)), largest.view(1, -1, 1)).flatten(1)
+        for rows, largest in (
+            (rows, exact.unflatten(1, (-1, BLOCK)).abs().amax((0, 2)))
+            for rows, exact in zip(values.split(BLOCK), of.split(BLOCK), strict=True)
+            if len(rows)
+        )
+    ]
+    return torch.cat(tiles) if tiles else values
 
 
 def fp8_weights(matrix: torch.Tensor) -> torch.Tensor:
@@ -67,10 +105,16 @@ def kept(pre_activation: torch.Tensor, *, in_fp8: bool) -> torch.Tensor:
     return fp8_rows(pre_activation) if in_fp8 else pre_activation.bfloat16().double()
 
 
-def expected_results(inputs: Inputs, *, keep_fp8: bool = False) -> dict[str, torch.Tensor]:
+def expected_results(inputs: Inputs, choices: Fp8Choices = IN_BF16) -> dict[str, torch.Tensor]:
     """Output and gradients by name in float64, with the roundings that fp8 and bf16 make."""
     hidden_states = fp8_rows(inputs.hidden_states.double())
-    grad_out = fp8_rows(inputs.grad_out.double())
+    whole_rows = choices.weight_gradients
+    met_in, met_out = inputs.hidden_states.double(), inputs.grad_out.double()
+    factors_in = factors_out = torch.ones_like(met_in[:, :1])
+    if whole_rows:
+        met_in, factors_in = fp8_whole_rows(met_in)
+        met_out, factors_out = fp8_whole_rows(met_out)
+    grad_out = met_out if whole_rows else fp8_rows(met_out)
     out, grad_hidden_states = torch.zeros_like(hidden_states), torch.zeros_like(hidden_states)
     grad_weights = torch.zeros_like(inputs.weights, dtype=torch.float64)
     grad_gate_ups, grad_downs = [], []
@@ -83,32 +127,46 @@ def expected_results(inputs: Inputs, *, keep_fp8: bool = False) -> dict[str, tor
         rows = fp8_rows(gate * gate.sigmoid() * up) @ down.T
         out = out.index_add(0, tokens, rows.bfloat16().double() * weights)
 
-        gate, up = kept(pre_activation, in_fp8=keep_fp8).chunk(2, dim=1)
+        gate, up = kept(pre_activation, in_fp8=choices.kept_activations).chunk(2, dim=1)
         sigmoid, grad_activation = gate.sigmoid(), grad_out[tokens] @ down
         activation = gate * sigmoid * up
         grad_weights[tokens, slots] = (grad_activation * activation).sum(1)
+        # Multiplied by the scales of the rows they will meet, gradients and activation are rounded.
+        factor_in, factor_out = factors_in[tokens], factors_out[tokens]
         grad_gate = weights * grad_activation * up * sigmoid * (1 + gate * (1 - sigmoid))
-        exact = torch.cat([grad_gate, weights * grad_activation * gate * sigmoid], 1)
+        exact = torch.cat([grad_gate, weights * grad_activation * gate * sigmoid], 1) * factor_in
         grad_pre_activation = exact.bfloat16().double()
-        rows = fp8_rows(grad_pre_activation, exact) @ gate_up
+        rows = fp8_rows(grad_pre_activation, exact) / factor_in @ gate_up
         grad_hidden_states = grad_hidden_states.index_add(0, tokens, rows.bfloat16().double())
-        grad_gate_ups.append(grad_pre_activation.T @ inputs.hidden_states.double()[tokens])
-        weighted = (weights * activation).bfloat16().double()
-        grad_downs.append(inputs.grad_out.double()[tokens].T @ weighted)
+        weighted = (exact_activation := weights * activation * factor_out).bfloat16().double()
+        if whole_rows:
+            grad_pre_activation = fp8_tiles(grad_pre_activation, exact)
+            weighted = fp8_tiles(weighted, exact_activation)
+        grad_gate_ups.append(grad_pre_activation.T @ (met_in / factors_in)[tokens])
+        grad_downs.append((met_out / factors_out)[tokens].T @ weighted)
     found = (out, grad_hidden_states, grad_weights)
     stacked = torch.stack(grad_gate_ups), torch.stack(grad_downs)
     return dict(zip(NAMES, (*found, *stacked), strict=True))
 
 
-def results(inputs: Inputs, *, keep_fp8: bool = False) -> dict[str, torch.Tensor]:
+def results(
+    inputs: Inputs, choices: Fp8Choices = IN_BF16, *, sums_are_zero: bool = False
+) -> dict[str, torch.Tensor]:
     """Output and gradients by name; those of the experts' weights in fp32."""
     hidden_states, weights = (
         tensor.detach().requires_grad_() for tensor in (inputs.hidden_states, inputs.weights)
     )
     parameters = with_main_grad(inputs.gate_up), with_main_grad(inputs.down)
     copies = [quantize_weights(parameter) for parameter in parameters]
-    order = permutation(inputs)
-    out = routed_experts_fp8(hidden_states, weights, order, *parameters, *copies, keep_fp8=keep_fp8)
+    out = routed_experts_fp8(
+        hidden_states,
+        weights,
+        permutation(inputs),
+        *parameters,
+        *copies,
+        choices=choices,
+        sums_are_zero=sums_are_zero,
+    )
     out.backward(inputs.grad_out)
     found = (out.detach(), hidden_states.grad, weights.grad, *(p.main_grad for p in parameters))
     return dict(zip(NAMES, found, strict=True))
@@ -129,58 +187,66 @@ def compare(
             assert error <= limit * rms(tensor), (name, error / rms(tensor))
 
 
-def check(inputs: Inputs, *, keep_fp8: bool) -> None:
+def check(inputs: Inputs, choices: Fp8Choices) -> None:
     """Output and gradients beside float64, with and without fp8's roundings."""
-    found = results(inputs, keep_fp8=keep_fp8)
-    compare(found, expected_results(inputs, keep_fp8=keep_fp8))
-    compare(found, float64_results(inputs), RMS_ERROR_OF_FP8[keep_fp8])
+    found = results(inputs, choices)
+    compare(found, expected_results(inputs, choices))
+    compare(found, float64_results(inputs), RMS_ERROR_OF_FP8[choices.kept_activations])
 
 
-@KEPT
+@CHOICES
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(("hidden", "width"), [(128, 128), (256, 384)])
-def test_loads(load: str, hidden: int, width: int, keep_fp8: bool) -> None:
-    check(cuda_inputs(Sizes(700, 4, 16, hidden, width), load, seed=1), keep_fp8=keep_fp8)
+def test_loads(load: str, hidden: int, width: int, choices: Fp8Choices) -> None:
+    check(cuda_inputs(Sizes(700, 4, 16, hidden, width), load, seed=1), choices)
 
 
-@KEPT
+@CHOICES
 @pytest.mark.parametrize(("hidden", "width"), [(640, 256), (2048, 768), (4096, 1536)])
-def test_sizes(hidden: int, width: int, keep_fp8: bool) -> None:
-    check(cuda_inputs(Sizes(450, 3, 8, hidden, width), "Zipf", seed=hidden), keep_fp8=keep_fp8)
+def test_sizes(hidden: int, width: int, choices: Fp8Choices) -> None:
+    check(cuda_inputs(Sizes(450, 3, 8, hidden, width), "Zipf", seed=hidden), choices)
 
 
-@KEPT
+@CHOICES
 @pytest.mark.parametrize("counts", [COUNTS, COUNTS[::-1]])
-def test_rows_of_an_expert(counts: tuple[int, ...], keep_fp8: bool) -> None:
-    check(inputs_with_counts(counts, 384, 256), keep_fp8=keep_fp8)
+def test_rows_of_an_expert(counts: tuple[int, ...], choices: Fp8Choices) -> None:
+    check(inputs_with_counts(counts, 384, 256), choices)
 
 
-@KEPT
+@CHOICES
 @pytest.mark.parametrize("tokens", [0, 1, 2, 129])
-def test_few_tokens(tokens: int, keep_fp8: bool) -> None:
-    check(cuda_inputs(Sizes(tokens, 6, 128, 128, 128), seed=tokens), keep_fp8=keep_fp8)
+def test_few_tokens(tokens: int, choices: Fp8Choices) -> None:
+    check(cuda_inputs(Sizes(tokens, 6, 128, 128, 128), seed=tokens), choices)
 
 
-@KEPT
+@CHOICES
 @pytest.mark.parametrize("magnitude", [1e-6, 1e4])
-def test_blocks_of_very_different_sizes(magnitude: float, keep_fp8: bool) -> None:
+def test_blocks_of_very_different_sizes(magnitude: float, choices: Fp8Choices) -> None:
     inputs = cuda_inputs(Sizes(300, 2, 4, 256, 128))
     hidden_states = inputs.hidden_states.clone()
     hidden_states[::3, :128] *= magnitude
     hidden_states[1::3] = 0.0
     inputs = dataclasses.replace(inputs, hidden_states=hidden_states)
-    found = results(inputs, keep_fp8=keep_fp8)
-    compare(found, expected_results(inputs, keep_fp8=keep_fp8))
+    found = results(inputs, choices)
+    compare(found, expected_results(inputs, choices))
 
 
-@KEPT
-def test_every_run_has_the_same_bits(keep_fp8: bool) -> None:
+@CHOICES
+def test_every_run_has_the_same_bits(choices: Fp8Choices) -> None:
     inputs = cuda_inputs(Sizes(3000, 6, 32, 512, 256), "Zipf")
-    first = results(inputs, keep_fp8=keep_fp8)
+    first = results(inputs, choices)
     for _ in range(4):
-        again = results(inputs, keep_fp8=keep_fp8)
+        again = results(inputs, choices)
         for name in NAMES:
             assert torch.equal(again[name], first[name]), name
+
+
+def test_gradients_that_are_zero_so_far_need_not_be_read() -> None:
+    inputs = inputs_with_counts(COUNTS, 384, 384)
+    choices = Fp8Choices(weight_gradients=True)
+    added, written = (results(inputs, choices, sums_are_zero=zero) for zero in (False, True))
+    for name in NAMES:
+        assert torch.equal(added[name], written[name]), name
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(128, 128), (256, 640), (1536, 2048)])
@@ -197,8 +263,8 @@ def test_weights_are_rounded_to_the_nearest_in_both_orders(rows: int, columns: i
     assert torch.equal(found.transposed.view(torch.uint8), found.data.view(torch.uint8).mT)
 
 
-@KEPT
-def test_memory_kept_is_that_of_the_format(keep_fp8: bool) -> None:
+@CHOICES
+def test_memory_kept_is_that_of_the_format(choices: Fp8Choices) -> None:
     tokens, chosen, width = 4096, 4, 512
     inputs = cuda_inputs(Sizes(tokens, chosen, 8, 256, width))
     hidden_states = inputs.hidden_states.detach().requires_grad_()
@@ -208,27 +274,27 @@ def test_memory_kept_is_that_of_the_format(keep_fp8: bool) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     out = routed_experts_fp8(
-        hidden_states, inputs.weights, order, *parameters, *copies, keep_fp8=keep_fp8
+        hidden_states, inputs.weights, order, *parameters, *copies, choices=choices
     )
-    of_number = 1 + 4 / BLOCK if keep_fp8 else 2
+    of_number = 1 + 4 / BLOCK if choices.kept_activations else 2
     expected = tokens * chosen * 2 * width * of_number + out.numel() * out.element_size()
     assert torch.cuda.memory_allocated() - before == pytest.approx(expected, rel=0.01)
 
 
-@KEPT
+@CHOICES
 @pytest.mark.parametrize("tokens", [0, 1, 129, 1000])
 @pytest.mark.parametrize(("hidden", "width"), [(128, 256), (2048, 768)])
 def test_shared_experts_are_an_expert_of_all_tokens(
-    tokens: int, hidden: int, width: int, keep_fp8: bool
+    tokens: int, hidden: int, width: int, choices: Fp8Choices
 ) -> None:
     inputs = cuda_inputs(Sizes(tokens, 1, 1, hidden, width), seed=tokens)
     inputs = dataclasses.replace(inputs, weights=torch.ones_like(inputs.weights))
     hidden_states = inputs.hidden_states.detach().requires_grad_()
     parameters = with_main_grad(inputs.gate_up[0]), with_main_grad(inputs.down[0])
     copies = [quantize_weights(parameter[None]) for parameter in parameters]
-    out = gated_mlp_fp8(hidden_states, *parameters, *copies, keep_fp8=keep_fp8)
+    out = gated_mlp_fp8(hidden_states, *parameters, *copies, choices=choices)
     out.backward(inputs.grad_out)
-    expected = expected_results(inputs, keep_fp8=keep_fp8)
+    expected = expected_results(inputs, choices)
     expected.pop("weights")
     found = (out.detach(), hidden_states.grad, *(p.main_grad[None] for p in parameters))
     compare(dict(zip(expected, found, strict=True)), expected)

@@ -1,9 +1,11 @@
 """The experts in fp8 (e4m3) on Hopper: products forward and gradients of their inputs.
 
 Rows have a scale for each 128 numbers, weights for each 128 x 128 (DeepSeek-V3, arXiv 2412.19437,
-section 3.3.2); sums of 128 products are added in fp32. Weights' gradients are products in bf16:
-their time is that of moving operands and fp32 sums. What is kept for the backward pass is what
-`compiled` keeps, or the pre-activation in e4m3 with a scale for each 128 numbers.
+section 3.3.2); sums of 128 products are added in fp32. Weights' gradients, sums over rows, are
+products in bf16 or in fp8; in fp8 the gathered rows have one scale each, by which the rows they
+meet are multiplied before they are quantised, 128 x 128 of them with a scale. What is kept for the
+backward pass is what `compiled` keeps, or the pre-activation in e4m3 with a scale for each 128
+numbers.
 
 Shape suffixes: those of the package, and R x C blocks of 128 rows and columns of a matrix.
 """
@@ -22,6 +24,22 @@ from ..weight_gradients import gradient_buffer, gradient_to_return
 from .permutation import Permutation
 
 _operations = torch.ops.megatron_kanana
+
+
+@dataclass(frozen=True)
+class Fp8Choices:
+    """What is in fp8 beside the products of the forward pass and of the inputs' gradients.
+
+    Attributes:
+        kept_activations: the pre-activation, as it is kept for the backward pass.
+        weight_gradients: the products of the weights' gradients.
+    """
+
+    kept_activations: bool = False
+    weight_gradients: bool = False
+
+
+IN_BF16 = Fp8Choices()
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,8 @@ def routed_experts_fp8(
     quantized_gate_up: QuantizedWeights,
     quantized_down: QuantizedWeights,
     *,
-    keep_fp8: bool = False,
+    choices: Fp8Choices = IN_BF16,
+    sums_are_zero: bool = False,
 ) -> torch.Tensor:
     """As `routed_experts`, in fp8.
 
@@ -79,7 +98,9 @@ def routed_experts_fp8(
         down_EDN: bf16 [experts, hidden size, width]; gets the gradient.
         quantized_gate_up: of the same weights.
         quantized_down: of the same weights.
-        keep_fp8: whether the pre-activation is kept in fp8 for the backward pass.
+        choices: what else is in fp8.
+        sums_are_zero: whether the weights' `main_grad` is zero when the backward pass comes to it,
+            and may be overwritten.
 
     Returns:
         bf16 [tokens, hidden size].
@@ -92,7 +113,8 @@ def routed_experts_fp8(
         down_EDN,
         quantized_gate_up,
         quantized_down,
-        keep_fp8,
+        choices,
+        sums_are_zero,
     )
     return out_TD
 
@@ -104,11 +126,21 @@ def gated_mlp_fp8(
     quantized_gate_up: QuantizedWeights,
     quantized_down: QuantizedWeights,
     *,
-    keep_fp8: bool = False,
+    choices: Fp8Choices = IN_BF16,
+    sums_are_zero: bool = False,
 ) -> torch.Tensor:
-    """As `gated_mlp`, in fp8; the quantised weights are those of one expert."""
+    """As `gated_mlp`, in fp8; the quantised weights are those of one expert.
+
+    The others are those of `routed_experts_fp8`.
+    """
     out_TD: torch.Tensor = _GatedMLP.apply(
-        hidden_states_TD, gate_up_2ND, down_DN, quantized_gate_up, quantized_down, keep_fp8
+        hidden_states_TD,
+        gate_up_2ND,
+        down_DN,
+        quantized_gate_up,
+        quantized_down,
+        choices,
+        sums_are_zero,
     )
     return out_TD
 
@@ -124,7 +156,8 @@ class _RoutedExperts(torch.autograd.Function):
         down_EDN: torch.Tensor,
         quantized_gate_up: QuantizedWeights,
         quantized_down: QuantizedWeights,
-        keep_fp8: bool,
+        choices: Fp8Choices,
+        sums_are_zero: bool,
     ) -> torch.Tensor:
         inputs = (
             hidden_states_TD.contiguous(),
@@ -134,11 +167,12 @@ class _RoutedExperts(torch.autograd.Function):
             permutation.row_of_slot_TK,
         )
         out_TD, *kept = _operations.fp8_experts_forward(
-            *inputs, *_forward_order(quantized_gate_up, quantized_down), keep_fp8
+            *inputs, *_forward_order(quantized_gate_up, quantized_down), choices.kept_activations
         )
         ctx.save_for_backward(*inputs, *kept)
         ctx.parameters = (gate_up_E2ND, down_EDN)
         ctx.quantized = (quantized_gate_up, quantized_down)
+        ctx.of_weights = (choices.weight_gradients, sums_are_zero)
         result: torch.Tensor = out_TD
         return result
 
@@ -153,10 +187,12 @@ class _RoutedExperts(torch.autograd.Function):
             pre_activation_M2N,
             scales,
             *buffers,
+            *ctx.of_weights,
         )
-        _mark_as_overwritten(pre_activation_M2N)
+        _mark_as_overwritten(pre_activation_M2N, ctx)
         grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
-        return grad_hidden_states_TD, grad_weights_TK, None, *grad_parameters, None, None, None
+        nothing = (None,) * 4
+        return grad_hidden_states_TD, grad_weights_TK, None, *grad_parameters, *nothing
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -168,15 +204,19 @@ class _GatedMLP(torch.autograd.Function):
         down_DN: torch.Tensor,
         quantized_gate_up: QuantizedWeights,
         quantized_down: QuantizedWeights,
-        keep_fp8: bool,
+        choices: Fp8Choices,
+        sums_are_zero: bool,
     ) -> torch.Tensor:
         hidden_states_TD = hidden_states_TD.contiguous()
         out_TD, *kept = _operations.fp8_gated_mlp_forward(
-            hidden_states_TD, *_forward_order(quantized_gate_up, quantized_down), keep_fp8
+            hidden_states_TD,
+            *_forward_order(quantized_gate_up, quantized_down),
+            choices.kept_activations,
         )
         ctx.save_for_backward(hidden_states_TD, *kept)
         ctx.parameters = (gate_up_2ND, down_DN)
         ctx.quantized = (quantized_gate_up, quantized_down)
+        ctx.of_weights = (choices.weight_gradients, sums_are_zero)
         result: torch.Tensor = out_TD
         return result
 
@@ -191,15 +231,17 @@ class _GatedMLP(torch.autograd.Function):
             pre_activation_T2N,
             scales,
             *buffers,
+            *ctx.of_weights,
         )
-        _mark_as_overwritten(pre_activation_T2N)
+        _mark_as_overwritten(pre_activation_T2N, ctx)
         grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
-        return grad_hidden_states_TD, *grad_parameters, None, None, None
+        return grad_hidden_states_TD, *grad_parameters, None, None, None, None
 
 
-def _mark_as_overwritten(pre_activation: torch.Tensor) -> None:
-    """Gradients take the place of one in bf16; autograd then refuses another backward pass."""
-    if pre_activation.dtype == torch.bfloat16:
+def _mark_as_overwritten(pre_activation: torch.Tensor, ctx: Any) -> None:
+    """Gradients in bf16 take the place of one in bf16; autograd then refuses another backward."""
+    weight_gradients_in_fp8, _ = ctx.of_weights
+    if pre_activation.dtype == torch.bfloat16 and not weight_gradients_in_fp8:
         torch.autograd.graph.increment_version(pre_activation)
 
 

@@ -81,6 +81,12 @@ PRECISION = {
         "fp8",
         "set precision=fp8_blockwise_experts or precision.kept_activations=bf16",
     ),
+    "weight gradients in fp8 of experts in bf16": Bad(
+        ("precision=fp8_blockwise", "precision.expert_weight_gradients=fp8"),
+        "precision.expert_weight_gradients",
+        "fp8",
+        "set precision=fp8_blockwise_experts or precision.expert_weight_gradients=bf16",
+    ),
     "experts in fp8 in torch": Bad(
         ("precision=fp8_blockwise", "precision.experts=fp8", "kernels.moe_backend=torch"),
         "precision.experts",
