@@ -16,9 +16,18 @@ constexpr int kScaleBlock = kFp8WidthUnit;
 constexpr float kLargestE4M3 = 448.0f;
 
 // The scale with which the largest magnitude of a block becomes the format's largest number. Zeros
-// stay zeros with any scale.
+// stay zeros with any scale; the smallest one has an inverse.
 __device__ __forceinline__ float scale_of(float largest) {
-  return largest > 0.0f ? largest / kLargestE4M3 : 1.0f;
+  constexpr float kSmallest = 0x1p-100f;
+  return fmaxf(largest * (1.0f / kLargestE4M3), kSmallest);
+}
+
+// What numbers are multiplied by, exact to a bit: a division takes a branch, and a block's largest
+// number becomes the format's either way.
+__device__ __forceinline__ float inverse_of(float scale) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(scale));
+  return inverse;
 }
 
 // Two numbers, rounded to the nearest; what is beyond the largest becomes the largest.

@@ -2,7 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "fp8_experts.h"
-#include "fp8_quantization.cuh"
+#include "fp8_patches.cuh"
 #include "sm90_launch.h"
 
 namespace megatron_kanana {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
     largest = fmaxf(largest, __shfl_xor_sync(group, largest, distance));
   }
   const float scale = scale_of(largest);
-  data[piece] = quantize(loaded, 1.0f / scale);
+  data[piece] = quantize(loaded, inverse_of(scale));
   if (threadIdx.x % kBlockThreads == 0) scales[piece / kBlockThreads] = scale;
 }
 
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
   }
-  const float scale = largest > 0.0f ? scale_of(largest) : kScaleOfZeros, inverse = 1.0f / scale;
+  const float scale = largest > 0.0f ? scale_of(largest) : kScaleOfZeros;
+  const float inverse = inverse_of(scale);
   for (int piece = lane; piece < pieces; piece += kWarp) {
     load_values(values + piece * kAtOnce, loaded);
     data[row * pieces + piece] = quantize(loaded, inverse);
@@ -84,25 +85,24 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A block of threads for each block of a scale.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(Patch::kThreads, Patch::kBlocksAtOnce)
     quantize_weights_kernel(const __nv_bfloat16* values, int rows, int columns, uint8_t* data,
                             uint8_t* transposed, float* scales) {
-  constexpr int kRowsAtOnce = kThreads / kBlockThreads;
-  constexpr int kPasses = kScaleBlock / kRowsAtOnce;
-  constexpr int kStride = kScaleBlock + 4;  // so that columns lie in different banks
-  __shared__ float largest_of_warp[kThreads / kWarp];
-  __shared__ __align__(8) uint8_t tile[kScaleBlock * kStride];
+  __shared__ Transposition tile;
+  __shared__ float largest_of_warp[Patch::kThreads / kWarp];
   const int64_t matrix = int64_t(blockIdx.z) * rows * columns;
-  const int first_row = blockIdx.y * kScaleBlock, first_column = blockIdx.x * kScaleBlock;
-  const int row = threadIdx.x / kBlockThreads, column = threadIdx.x % kBlockThreads * kAtOnce;
-  float loaded[kPasses][kAtOnce];
-  float largest = 0.0f;
+  const int64_t first_row = int64_t(blockIdx.y) * kScaleBlock;
+  const int64_t first_column = int64_t(blockIdx.x) * kScaleBlock;
+  const int64_t first = matrix + first_row * columns + first_column;
+  Patch patch;
+  patch.load(values + first, columns);
+  uint32_t largest_of_two = 0;
 #pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int64_t from = int64_t(first_row + pass * kRowsAtOnce + row) * columns;
-    load_values(values + matrix + from + first_column + column, loaded[pass]);
-    largest = fmaxf(largest, largest_of(loaded[pass]));
+  for (const auto& row : patch.rows) {
+#pragma unroll
+    for (uint32_t word : row) largest_of_two = larger(largest_of_two, word);
   }
+  float largest = fmaxf(fabsf(low_of(largest_of_two)), fabsf(high_of(largest_of_two)));
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
@@ -111,28 +111,14 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 #pragma unroll
   for (float other : largest_of_warp) largest = fmaxf(largest, other);
-  const float scale = scale_of(largest), inverse = 1.0f / scale;
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const uint2 packed = quantize(loaded[pass], inverse);
-    const int at = pass * kRowsAtOnce + row;
-    const int64_t to = matrix + int64_t(first_row + at) * columns + first_column + column;
-    *reinterpret_cast<uint2*>(data + to) = packed;
-    *reinterpret_cast<uint32_t*>(tile + at * kStride + column) = packed.x;
-    *reinterpret_cast<uint32_t*>(tile + at * kStride + column + 4) = packed.y;
-  }
+  const float scale = scale_of(largest), inverse = inverse_of(scale);
+  const auto scaled = [=](uint32_t pair) {
+    return make_float2(low_of(pair) * inverse, high_of(pair) * inverse);
+  };
+  patch.store_rows(data + first, columns, [&](int, uint32_t pair) { return scaled(pair); });
+  patch.put_columns(tile, [&](int, uint32_t pair) { return scaled(pair); });
   __syncthreads();
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int at = pass * kRowsAtOnce + row;  // a column of the tile, eight rows of it
-    uint32_t words[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      words[i / 4] |= uint32_t(tile[(column + i) * kStride + at]) << (8 * (i % 4));
-    }
-    const int64_t to = matrix + int64_t(first_column + at) * rows + first_row + column;
-    *reinterpret_cast<uint2*>(transposed + to) = {words[0], words[1]};
-  }
+  tile.store(transposed + matrix + first_column * rows + first_row, rows);
   if (threadIdx.x == 0) {
     scales[(int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = scale;
   }
@@ -164,7 +150,7 @@ void fp8_quantize_weights(const void* values, int experts, int rows, int columns
                           void* transposed, float* scales, void* stream) {
   if (experts == 0) return;
   const dim3 blocks(columns / kScaleBlock, rows / kScaleBlock, experts);
-  quantize_weights_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  quantize_weights_kernel<<<blocks, Patch::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const __nv_bfloat16*>(values), rows, columns, static_cast<uint8_t*>(data),
       static_cast<uint8_t*>(transposed), scales);
   sm90::check_cuda("fp8_quantize_weights");

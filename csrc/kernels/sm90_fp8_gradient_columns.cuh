@@ -95,16 +95,16 @@ class GradientColumns {
     find_tile_scales(scales);
     const int stride = 2 * arguments_.rows.blocks;
     float* const of_rows = arguments_.rows.scales + int64_t(first_row) * stride + tile.column_tile;
-    const float factors[2] = {1.0f / gradient_factors_[0], 1.0f / gradient_factors_[1]};
+    const float factors[2] = {inverse_of(gradient_factors_[0]), inverse_of(gradient_factors_[1])};
     float inverses[2];
     find_scales(largest_[kGate], inverses, of_rows, stride, valid_rows, factors);
-    quantize_gradients<kGate>(places, inverses, 1.0f / scales[kGate]);
+    quantize_gradients<kGate>(places, inverses, inverse_of(scales[kGate]));
     find_scales(largest_[kUp], inverses, of_rows + arguments_.rows.blocks, stride, valid_rows,
                 factors);
-    quantize_gradients<kUp>(places, inverses, 1.0f / scales[kUp]);
+    quantize_gradients<kUp>(places, inverses, inverse_of(scales[kUp]));
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      stage_columns_of(kActivation, piece, activations[piece], 1.0f / scales[kActivation]);
+      stage_columns_of(kActivation, piece, activations[piece], inverse_of(scales[kActivation]));
     }
     fence_shared_for_async();
     named_sync(1 + warpgroup_, kWarpgroup);

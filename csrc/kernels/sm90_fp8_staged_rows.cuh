@@ -32,7 +32,7 @@ __device__ __forceinline__ void find_scales(const float (&largest)[2], float (&i
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float scale = scale_of(largest_of_row(largest[half]));
-    inverses[half] = 1.0f / scale;
+    inverses[half] = inverse_of(scale);
     const int row = accumulator_row() + 8 * half;
     if (threadIdx.x % 4 == 0 && row < valid_rows) {
       place[int64_t(row) * blocks] = scale * factors[half];

@@ -23,7 +23,12 @@ from .layer_spec import (
     expert_layer_spec,
     multi_token_prediction_spec,
 )
-from .linear_layers import leave_out_of_fp8, linear_layers, mark_whole_layers
+from .linear_layers import (
+    leave_out_of_fp8,
+    linear_layers,
+    mark_whole_layers,
+    quantize_dense_by_csrc,
+)
 from .linear_loss import LinearLossGPTModel
 from .multi_token import MultiTokenGPTModel
 from .norm import norm_class
@@ -53,6 +58,9 @@ def _build_chunk(
     if backends.norm == "csrc":
         add_embedding_gradients_in_place(chunk)
     leave_out_of_fp8(chunk, settings.precision.bf16_weights)
+    is_cuda = device.torch_device.type == "cuda"
+    if is_cuda and backends.linear == "te" and settings.precision.fp8 == "blockwise":
+        quantize_dense_by_csrc(chunk)
     initialize_weights(chunk.sharded_state_dict(), settings.model, settings.seed, settings.transfer)
     in_bf16 = device.dtype == torch.bfloat16
     module: torch.nn.Module = Float16Module(config, chunk) if in_bf16 else chunk

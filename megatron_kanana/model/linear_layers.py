@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,13 @@ from typing import Any
 import torch
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from megatron_kanana.kernels.fp8_blockwise import (
+    blockwise_error,
+    quantize_by_csrc,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,16 @@ def leave_out_of_fp8(model: torch.nn.Module, kinds: Collection[str]) -> None:
     for name, layer in _transformer_engine_layers(model):
         if KINDS[name.rpartition(".")[2]] in kinds:
             layer.forward = _without_fp8(layer.forward)
+
+
+def quantize_dense_by_csrc(model: torch.nn.Module) -> None:
+    """Have the dense layers quantise by csrc's kernel (see `kernels.fp8_blockwise`) if they can."""
+    if (error := blockwise_error()) is not None:
+        logger.info("dense layers quantise by Transformer Engine (%s)", error)
+        return
+    logger.info("dense layers quantise by csrc (compiled operations found)")
+    for _, layer in _transformer_engine_layers(model):
+        quantize_by_csrc(layer)
 
 
 def _without_fp8(forward: Callable[..., Any]) -> Callable[..., Any]:
