@@ -14,7 +14,7 @@ namespace megatron_kanana::sm90 {
 // in how they are stored.
 struct BesideBf16 {
   static constexpr bool kStores = false;
-  __device__ __forceinline__ void begin(int, int) {}
+  __device__ __forceinline__ void load_factors(int, int) {}
   __device__ __forceinline__ void skip() {}
   __device__ __forceinline__ float gradient_factor(int) const { return 1.0f; }
   __device__ __forceinline__ float activation_factor(int) const { return 1.0f; }
@@ -117,14 +117,20 @@ class DownBackward {
 
   __device__ __forceinline__ void begin(const RowTile& tile, int first_row, int valid_rows) {
     pre_activation_.begin(arguments_.pre_activation, tile.column_tile, first_row, valid_rows);
-    if (arguments_.weights != nullptr) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + min(accumulator_row() + 8 * half, valid_rows - 1);
-        weights_[half] = __ldg(arguments_.weights + __ldg(arguments_.slot_of_row + row));
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + min(accumulator_row() + 8 * half, valid_rows - 1);
+      slots_[half] = arguments_.slot_of_row == nullptr ? row : __ldg(arguments_.slot_of_row + row);
     }
-    quantization_.begin(first_row, valid_rows);
+  }
+
+  // Once the first products are under way, for it waits for the slots.
+  __device__ __forceinline__ void load_factors() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (arguments_.weights != nullptr) weights_[half] = __ldg(arguments_.weights + slots_[half]);
+      quantization_.load_factors(half, slots_[half]);
+    }
   }
 
   // A tile without rows of this warpgroup.
@@ -266,6 +272,7 @@ class DownBackward {
   PreActivation pre_activation_;
   bool holds_ = false;
   int stages_[kPieces];
+  int slots_[2];  // of a thread's two rows
   float weights_[2] = {1.0f, 1.0f};
 };
 

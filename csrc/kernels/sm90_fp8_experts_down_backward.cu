@@ -146,7 +146,7 @@ void launch_columns(const Operands& operands, const float* hidden_states_scales,
       .hidden_states_scales = hidden_states_scales,
       .grad_out_scales = operands.grad_out.scales,
       .scales_of_a_token = sizes.hidden_size / kScaleBlock,
-      .tokens = gathered_rows(sizes, operands.rows, nullptr),
+      .slots_of_a_token = sizes.experts_of_token,
       .groups = row_groups(sizes, operands.rows),
   };
   launch<GradientColumns, kKeptFp8>(operands, epilogue, grad_weight_parts, stream);

@@ -31,7 +31,8 @@ struct WeightGradientArguments {
   GatheredRows token_of_row;
   RowGroups groups;
   CUtensorMap gradient;  // fp32 [experts, rows, columns]
-  bool sums_are_zero;
+  bool overwrites;       // the gradient, of which nothing is to be kept
+  int row_parts;         // that an expert's rows are dealt to, each for a block of its own
 };
 
 struct WeightGradientTile {
@@ -59,23 +60,30 @@ struct Work {
   __device__ static Work of(const WeightGradientArguments& arguments, int tile) {
     const int row_tiles = (arguments.width + kRowColumns - 1) / kRowColumns;
     const int token_tiles = arguments.token_width / kTokenColumns;
+    const int part = tile % arguments.row_parts;
+    tile /= arguments.row_parts;
     Work work;
     work.expert = tile / (row_tiles * token_tiles);
     const int within = tile % (row_tiles * token_tiles);
     work.row_column = within % row_tiles * kRowColumns;
     work.token_column = within / row_tiles * kTokenColumns;
-    work.first_row = __shfl_sync(~0u, arguments.groups.begin(work.expert), 0);
-    work.end_row = __shfl_sync(~0u, arguments.groups.end(work.expert), 0);
-    work.column_tile = first_column_tile(work.first_row, work.expert);
+    const int begin = __shfl_sync(~0u, arguments.groups.begin(work.expert), 0);
+    const int end = __shfl_sync(~0u, arguments.groups.end(work.expert), 0);
+    const int stages = (end - begin + kStageRows - 1) / kStageRows;
+    const int rows = (stages + arguments.row_parts - 1) / arguments.row_parts * kStageRows;
+    work.first_row = begin + part * rows;
+    work.end_row = min(work.first_row + rows, end);
+    work.column_tile = first_column_tile(begin, work.expert) + part * rows / kColumnTileRows;
     return work;
   }
 
   static int count(const WeightGradientArguments& arguments) {
     const int row_tiles = (arguments.width + kRowColumns - 1) / kRowColumns;
-    return arguments.groups.experts * row_tiles * (arguments.token_width / kTokenColumns);
+    const int token_tiles = arguments.token_width / kTokenColumns;
+    return arguments.groups.experts * row_tiles * token_tiles * arguments.row_parts;
   }
 
-  __device__ int steps() const { return (end_row - first_row + kStageRows - 1) / kStageRows; }
+  __device__ int steps() const { return max(0, end_row - first_row + kStageRows - 1) / kStageRows; }
 };
 
 // The steps of this block's tiles, one after the other.
@@ -220,7 +228,7 @@ __device__ __forceinline__ void multiply_stage(Tile::Stage& stage, int warpgroup
 // Has the copy engine add a box of sums, or write it where there are none yet.
 __device__ __forceinline__ void add_sums_of(const WeightGradientArguments& arguments,
                                             const float* box, int column, int row, int expert) {
-  if (arguments.sums_are_zero) {
+  if (arguments.overwrites) {
     store_box(&arguments.gradient, box, column, row, expert);
   } else {
     add_box(&arguments.gradient, box, column, row, expert);
@@ -367,7 +375,7 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const void* tokens
   enter_device();
   const int height = kTokensFirst ? sizes.hidden_size : width;
   const int across = kTokensFirst ? width : sizes.hidden_size;
-  const WeightGradientArguments arguments{
+  WeightGradientArguments arguments{
       .columns = static_cast<const uint8_t*>(in_order.data),
       .scales = in_order.scales,
       .width = width,
@@ -378,8 +386,15 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const void* tokens
       .gradient = fp32_tensor_map(gradient, {across, height, sizes.experts},
                                   {across, int64_t(across) * height},
                                   {kBoxColumns, kTokensFirst ? kBoxRows : 64, 1}),
-      .sums_are_zero = sums_are_zero,
+      .overwrites = sums_are_zero,
+      .row_parts = 1,
   };
+  // One expert has few tiles for all multiprocessors. Two sums are the same in either order, if
+  // there is no third.
+  if (sizes.experts == 1 && sums_are_zero && Work::count(arguments) > multiprocessor_count()) {
+    arguments.row_parts = 2;
+    arguments.overwrites = false;
+  }
   const auto kernel = fp8_weight_gradient_kernel<kTokensFirst>;
   constexpr int kSharedBytes = sizeof(Tile::Shared);
   static_assert(kSharedBytes <= 227 * 1024);

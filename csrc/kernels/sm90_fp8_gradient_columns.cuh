@@ -33,8 +33,7 @@ class GradientColumns {
     QuantizedGradients::Arguments rows;
     StoredColumns gradient, activation;
     const float *hidden_states_scales, *grad_out_scales;  // [tokens, scales_of_a_token]
-    int scales_of_a_token;
-    GatheredRows tokens;
+    int scales_of_a_token, slots_of_a_token;
     RowGroups groups;
   };
   enum Which { kGate, kUp, kActivation, kCount };
@@ -49,15 +48,12 @@ class GradientColumns {
         other_(warpgroup == 0 ? (&shared)[1] : (&shared)[-1]),
         warpgroup_(warpgroup) {}
 
-  __device__ __forceinline__ void begin(int first_row, int valid_rows) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + min(accumulator_row() + 8 * half, valid_rows - 1);
-      const int64_t token = arguments_.tokens.token(arguments_.tokens.slot(row));
-      const int64_t place = token * arguments_.scales_of_a_token;
-      gradient_factors_[half] = __ldg(arguments_.hidden_states_scales + place);
-      activation_factors_[half] = __ldg(arguments_.grad_out_scales + place);
-    }
+  // `slot`: that of a thread's upper row, or with `half` of its lower one.
+  __device__ __forceinline__ void load_factors(int half, int slot) {
+    const int64_t place =
+        int64_t(slot / arguments_.slots_of_a_token) * arguments_.scales_of_a_token;
+    gradient_factors_[half] = __ldg(arguments_.hidden_states_scales + place);
+    activation_factors_[half] = __ldg(arguments_.grad_out_scales + place);
   }
 
   __device__ __forceinline__ float gradient_factor(int half) const {

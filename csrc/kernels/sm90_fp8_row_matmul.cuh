@@ -130,7 +130,10 @@ __device__ void multiply_fp8_tiles(const typename Matmul::Arguments& arguments,
         }
         wgmma_commit();
         if constexpr (Epilogue::kLoadedStages > 0) {
-          if (step == 0 && part == 0) epilogue.free_stages(shared.empty);
+          if (step == 0 && part == 0) {
+            epilogue.free_stages(shared.empty);
+            epilogue.load_factors();
+          }
         }
         wgmma_wait<0>();
         hold(partial);

@@ -296,7 +296,10 @@ __device__ void multiply_tiles(const typename Matmul::Arguments& arguments,
       }
       wgmma_commit();
       if constexpr (Epilogue::kLoadedStages > 0) {
-        if (step == 0) epilogue.free_stages(shared.empty);
+        if (step == 0) {
+          epilogue.free_stages(shared.empty);
+          epilogue.load_factors();
+        }
       }
       wgmma_wait<1>();
       if (step > 0) {

@@ -300,6 +300,33 @@ def test_shared_experts_are_an_expert_of_all_tokens(
     compare(dict(zip(expected, found, strict=True)), expected)
 
 
+@pytest.mark.parametrize("tokens", [65, 1000, 1200])
+def test_gradients_of_shared_experts_have_the_same_bits_where_blocks_share_rows(
+    tokens: int,
+) -> None:
+    """There are more tiles of this gradient than multiprocessors, and it is zero so far."""
+    inputs = cuda_inputs(Sizes(tokens, 1, 1, 2048, 1536), seed=tokens)
+    inputs = dataclasses.replace(inputs, weights=torch.ones_like(inputs.weights))
+    choices = Fp8Choices(weight_gradients=True)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        parameters = with_main_grad(inputs.gate_up[0]), with_main_grad(inputs.down[0])
+        copies = [quantize_weights(parameter[None]) for parameter in parameters]
+        hidden_states = inputs.hidden_states.detach().requires_grad_()
+        out = gated_mlp_fp8(
+            hidden_states, *parameters, *copies, choices=choices, sums_are_zero=True
+        )
+        out.backward(inputs.grad_out)
+        return dict(zip(NAMES[-2:], (p.main_grad[None] for p in parameters), strict=True))
+
+    found = gradients()
+    exact = expected_results(inputs, choices)
+    compare(found, {name: exact[name] for name in found})
+    for _ in range(4):
+        again = gradients()
+        assert all(torch.equal(again[name], found[name]) for name in found)
+
+
 def test_nothing_waits_for_the_gpu() -> None:
     inputs = cuda_inputs(Sizes(500, 4, 16, 128, 128), "Zipf")
     results(inputs)
