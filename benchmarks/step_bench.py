@@ -170,12 +170,17 @@ class Bench:
         return found
 
     def times(self, rounds: int, repeats: int) -> dict[str, list[float]]:
-        """Seconds of a step, each contender's in each round; each round begins with another."""
+        """Seconds of a step, each contender's in each round.
+
+        Each round begins with another, and every other round goes backwards: a GPU at its power
+        limit is faster after a contender that let it rest.
+        """
         names = list(self.contenders)
         found: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(rounds):
             first = turn % max(1, len(names))
-            for name in names[first:] + names[:first]:
+            order = names[first:] + names[:first]
+            for name in order if turn % 2 == 0 else reversed(order):
                 synchronize()
                 start = time.perf_counter()
                 for _ in range(repeats):
