@@ -21,6 +21,8 @@ ALL_FP8 = frozenset({*DENSE_WEIGHTS, "query_key_value", EXPERTS})
 """Everything that can compute in fp8: kinds of dense weights, and routed and shared experts."""
 OUTPUT_LAYER = "output_layer"
 """Kind of the output layer's weight; beside `ALL_FP8` where its products are in fp8."""
+EXPERT_GRADIENTS = "expert_weight_gradients"
+"""Beside `EXPERTS` where the products of their weights' gradients are in fp8 as well."""
 KEPT_ACTIVATIONS = "kept_activations"
 """Beside `EXPERTS` where these keep gate and up in fp8."""
 

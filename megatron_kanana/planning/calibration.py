@@ -133,7 +133,8 @@ class Experts:
         share: of the bf16 peak, that products with routed and shared experts reach inside a step,
             the passes through their activation included; None is `Efficiencies.grouped_matmul` for
             routed and `matmul` for shared ones, with those passes apart.
-        share_fp8: the same in fp8, of the fp8 peak. Gradients of weights stay in bf16.
+        share_fp8: the same in fp8, of the fp8 peak, but for gradients of weights.
+        share_fp8_gradients: that of these, where they are in fp8.
         gradient_memory: of memory bandwidth, adding to fp32 gradients; None is
             `Efficiencies.memory`.
         quantised_inputs: whether, in fp8, what products keep of their inputs is in fp8.
@@ -149,6 +150,7 @@ class Experts:
     single_launch: bool = False
     share: float | None = None
     share_fp8: float | None = None
+    share_fp8_gradients: float | None = None
     gradient_memory: float | None = None
     quantised_inputs: bool = False
 
@@ -164,6 +166,7 @@ CSRC_EXPERTS = Experts(
     single_launch=True,
     share=0.55,
     share_fp8=0.47,
+    share_fp8_gradients=0.57,
     gradient_memory=0.85,
 )
 """This version's kernels: pre-activations alone are kept, in bf16 and in fp8. Beside them a visit
@@ -172,7 +175,8 @@ bf16; the gradient of a pre-activation takes its place.
 
 Rates are those of the cards' component 'experts', 9 layers: 131.6 ms in step_8x4096_h200 (bf16),
 45.95 ms in step_2x4096_h100, 41.3 ms in step_recompute_h200 (2 x 4096), from which product and
-adding to gradients follow together. In fp8 96.1 ms in step_10_layers_8x4096_h200. Alone, products
+adding to gradients follow together. In fp8 96.6 ms with gradients of weights in bf16,
+and 78.5 ms without in step_10_layers_8x4096_h200. Alone, products
 are faster: moe_h100 (6.53 ms and 21.2 ms without shared experts, 16,384 and 65,536 tokens) gives
 0.63 and 0.62, and the wider experts of moe_155b_h100 (19.0 ms) 0.65, with faster weight gradients
 than those steps had."""

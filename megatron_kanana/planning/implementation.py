@@ -7,7 +7,7 @@ import dataclasses
 from megatron_kanana.config import Settings
 from megatron_kanana.config.environment import resolve_precision
 
-from .architecture import ALL_FP8, EXPERTS, KEPT_ACTIVATIONS, OUTPUT_LAYER
+from .architecture import ALL_FP8, EXPERT_GRADIENTS, EXPERTS, KEPT_ACTIVATIONS, OUTPUT_LAYER
 from .attention import attention_of
 from .calibration import KANANA, Implementation
 from .experts import experts_of
@@ -34,6 +34,7 @@ def fp8_of(settings: Settings) -> frozenset[str]:
         return frozenset()
     left_out = {*precision.bf16_weights, *(() if precision.experts == "fp8" else (EXPERTS,))}
     more = {
+        EXPERT_GRADIENTS: precision.expert_weight_gradients,
         KEPT_ACTIVATIONS: precision.kept_activations,
         OUTPUT_LAYER: precision.output_layer,
     }

@@ -15,7 +15,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from .activations import MAX_LOGIT_ROWS, takes_gradients_early
-from .architecture import EXPERTS, OUTPUT_LAYER, Architecture, Weight, multiply_size
+from .architecture import (
+    EXPERT_GRADIENTS,
+    EXPERTS,
+    OUTPUT_LAYER,
+    Architecture,
+    Weight,
+    multiply_size,
+)
 from .calibration import QUANTISING_BYTES, Efficiencies, Implementation
 from .communication import (
     Message,
@@ -251,7 +258,10 @@ def _rates(job: Job, weight: Weight) -> tuple[float, float]:
         in_bf16 = machine.bf16_flops * experts.share
         if EXPERTS not in job.fp8 or experts.share_fp8 is None:
             return in_bf16, in_bf16
-        return machine.fp8_flops * experts.share_fp8, in_bf16
+        in_fp8 = machine.fp8_flops * experts.share_fp8
+        if EXPERT_GRADIENTS not in job.fp8 or experts.share_fp8_gradients is None:
+            return in_fp8, in_bf16
+        return in_fp8, machine.fp8_flops * experts.share_fp8_gradients
     of_group = efficiencies.grouped_matmul if is_routed else efficiencies.matmul
     if weight.format_key not in job.fp8:
         rate = machine.bf16_flops * of_group

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .architecture import ALL_FP8, EXPERTS, OUTPUT_LAYER
+from .architecture import ALL_FP8, EXPERT_GRADIENTS, EXPERTS, OUTPUT_LAYER
 from .calibration import CSRC, KANANA, SDPA
 from .layer_times import Job
 from .observation import Observation, slice_of_30b
@@ -30,7 +30,8 @@ PRECISIONS = {
     "fp8_blockwise_experts": ALL_FP8 - {"key_value_down", "key_value_up"},
     "fp8_blockwise_output_layer": ALL_FP8 - {"key_value_down", "key_value_up"} | {OUTPUT_LAYER},
 }
-"""What the groups of `precision` have in fp8."""
+"""What the groups of `precision` have in fp8, or had in cards with experts' gradients in bf16."""
+GRADIENTS = frozenset({EXPERT_GRADIENTS})
 PARTS = ("norms", "up_projections")
 RECOMPUTE: dict[str, Sequence[str]] = {"none": (), "parts": PARTS, "full": ("full",)}
 ATTENTION = {"csrc": CSRC, "sdpa": SDPA}
@@ -84,15 +85,25 @@ def of_calibration(machine: str) -> Iterator[Observation]:
 
 
 def _of_step(
-    card: str, machine: str, layers: int, sequences: int, precision: str, again: str
+    card: str,
+    machine: str,
+    layers: int,
+    sequences: int,
+    precision: str,
+    again: str,
+    more_fp8: frozenset[str] = frozenset(),
 ) -> tuple[Observation, ...]:
-    """Passes of one microbatch, and memory of their activations."""
+    """Passes of one microbatch, and memory of their activations.
+
+    Args:
+        more_fp8: what is in fp8 beside what `PRECISIONS` has.
+    """
     rows = card_rows(card)
     job = slice_of_30b(
         *(layers, sequences),
         machine=machine,
         implementation=KANANA,
-        fp8=PRECISIONS[precision],
+        fp8=PRECISIONS[precision] | more_fp8,
         recompute=RECOMPUTE[again],
     )
     setting = f"{sequences} x 4096, ours, {precision}"
@@ -140,8 +151,14 @@ OURS: Sequence[Observation] = (
     *_of_step("step_10_layers_2x4096_h200", "h200", 10, 2, "bf16", "none"),
     *_of_step("step_10_layers_recompute_h200", "h200", 10, 2, "bf16", "parts"),
     *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "bf16", "none"),
-    *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "fp8_blockwise_experts", "none"),
-    *_of_step("step_10_layers_8x4096_h200", "h200", 10, 8, "fp8_blockwise_output_layer", "none"),
+    *_of_step(
+        *("step_10_layers_8x4096_h200", "h200", 10, 8, "fp8_blockwise_experts", "none"),
+        more_fp8=GRADIENTS,
+    ),
+    *_of_step(
+        *("step_10_layers_8x4096_h200", "h200", 10, 8, "fp8_blockwise_output_layer", "none"),
+        more_fp8=GRADIENTS,
+    ),
     *_of_step("step_8_layers_fp8_h100", "h100", 8, 8, "fp8_blockwise_experts", "none"),
     *_of_step("step_8_layers_h100", "h100", 8, 2, "bf16", "none"),
     *_of_step("step_8_layers_h100", "h100", 8, 8, "bf16", "none"),

@@ -47,6 +47,10 @@ IN_BF16 = Fp8Choices()
 # Hopper's tensor cores keep some 14 bits of a sum of fp8 products, so that one number in thirty of
 # what is quantised after it falls on the other side of a rounding.
 RMS_ERROR = 0.03
+# Where a result is of a token or two, such numbers weigh more: gradients of six routing weights are
+# up to 0.039 away when sums in float64 are cut to 14 bits, and one in thirty draws passes 0.03.
+RMS_ERROR_OF_FEW = 0.06
+FEW_TOKENS = 2
 # Beside what the same numbers give unquantised: a rounding is 0.026, and gate and up that are kept
 # in fp8 are two more.
 RMS_ERROR_OF_FP8 = {False: 0.08, True: 0.1}
@@ -187,10 +191,15 @@ def compare(
             assert error <= limit * rms(tensor), (name, error / rms(tensor))
 
 
+def limit_of(inputs: Inputs) -> float:
+    """Of a result's distance from float64 with the same roundings."""
+    return RMS_ERROR_OF_FEW if len(inputs.hidden_states) <= FEW_TOKENS else RMS_ERROR
+
+
 def check(inputs: Inputs, choices: Fp8Choices) -> None:
     """Output and gradients beside float64, with and without fp8's roundings."""
     found = results(inputs, choices)
-    compare(found, expected_results(inputs, choices))
+    compare(found, expected_results(inputs, choices), limit_of(inputs))
     compare(found, float64_results(inputs), RMS_ERROR_OF_FP8[choices.kept_activations])
 
 
@@ -297,7 +306,7 @@ def test_shared_experts_are_an_expert_of_all_tokens(
     expected = expected_results(inputs, choices)
     expected.pop("weights")
     found = (out.detach(), hidden_states.grad, *(p.main_grad[None] for p in parameters))
-    compare(dict(zip(expected, found, strict=True)), expected)
+    compare(dict(zip(expected, found, strict=True)), expected, limit_of(inputs))
 
 
 @pytest.mark.parametrize("tokens", [65, 1000, 1200])
