@@ -18,8 +18,8 @@ __device__ __forceinline__ void load_values(const __nv_bfloat16* values, float (
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    loaded[2 * i] = __uint_as_float(words[i] << 16);
-    loaded[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000);
+    loaded[2 * i] = low_of(words[i]);
+    loaded[2 * i + 1] = high_of(words[i]);
   }
 }
 
@@ -27,6 +27,16 @@ __device__ __forceinline__ float largest_of(const float (&values)[kAtOnce]) {
   float largest = 0.0f;
 #pragma unroll
   for (float value : values) largest = fmaxf(largest, fabsf(value));
+  return largest;
+}
+
+// Of so many neighbouring threads of a warp, `mask`.
+template <int kNeighbours>
+__device__ __forceinline__ float largest_of_neighbours(float largest, uint32_t mask) {
+#pragma unroll
+  for (int distance = kNeighbours / 2; distance > 0; distance /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(mask, largest, distance));
+  }
   return largest;
 }
 
@@ -44,13 +54,8 @@ __global__ void __launch_bounds__(kThreads)
   if (piece >= pieces) return;  // by whole blocks of a scale
   float loaded[kAtOnce];
   load_values(values + piece * kAtOnce, loaded);
-  float largest = largest_of(loaded);
   const uint32_t group = 0xFFFFu << (threadIdx.x % kWarp / kBlockThreads * kBlockThreads);
-#pragma unroll
-  for (int distance = kBlockThreads / 2; distance > 0; distance /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(group, largest, distance));
-  }
-  const float scale = scale_of(largest);
+  const float scale = scale_of(largest_of_neighbours<kBlockThreads>(largest_of(loaded), group));
   data[piece] = quantize(loaded, inverse_of(scale));
   if (threadIdx.x % kBlockThreads == 0) scales[piece / kBlockThreads] = scale;
 }
@@ -71,10 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     load_values(values + piece * kAtOnce, loaded);
     largest = fmaxf(largest, largest_of(loaded));
   }
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
-  }
+  largest = largest_of_neighbours<kWarp>(largest, ~0u);
   const float scale = largest > 0.0f ? scale_of(largest) : kScaleOfZeros;
   const float inverse = inverse_of(scale);
   for (int piece = lane; piece < pieces; piece += kWarp) {
@@ -103,10 +105,7 @@ __global__ void __launch_bounds__(Patch::kThreads, Patch::kBlocksAtOnce)
     for (uint32_t word : row) largest_of_two = larger(largest_of_two, word);
   }
   float largest = fmaxf(fabsf(low_of(largest_of_two)), fabsf(high_of(largest_of_two)));
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
-  }
+  largest = largest_of_neighbours<kWarp>(largest, ~0u);
   if (threadIdx.x % kWarp == 0) largest_of_warp[threadIdx.x / kWarp] = largest;
   __syncthreads();
 #pragma unroll

@@ -217,14 +217,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<Tile::Shared*>(memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      barrier_init(&shared.full[stage], kWarpgroup + 1);
-      barrier_init(&shared.empty[stage], 2);
-    }
-    barrier_init_fence();
-  }
-  __syncthreads();
+  prepare_stages(shared.full, shared.empty, kWarpgroup + 1, 2);
   if (warpgroup == 0) {
     give_registers<40>();
     load_rows(arguments, shared, tiles);

@@ -235,8 +235,8 @@ __device__ __forceinline__ void add_sums_of(const WeightGradientArguments& argum
   }
 }
 
-// Adds a warpgroup's sums to a gradient [tokens' columns, columns of the rows in
-// order], 64 columns at a time, each warp those of its rows. Outside the gradient it adds nothing.
+// Adds a warpgroup's sums to a gradient [tokens' columns, columns of the rows in order], 64 columns
+// at a time, each warp those of its rows. Outside the gradient it adds nothing.
 __device__ __forceinline__ void add_sums(const WeightGradientArguments& arguments, const Work& work,
                                          int warpgroup, const Sums& sums, Tile::Shared& shared) {
   const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
@@ -350,14 +350,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<Tile::Shared*>(memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      barrier_init(&shared.full[stage], kWarpgroup + 1);
-      barrier_init(&shared.empty[stage], 2 * kWarpgroup / kWarp);
-    }
-    barrier_init_fence();
-  }
-  __syncthreads();
+  prepare_stages(shared.full, shared.empty, kWarpgroup + 1, 2 * kWarpgroup / kWarp);
   if (warpgroup == 0) {
     give_registers<40>();
     load_rows(arguments, shared, tiles);

@@ -171,13 +171,7 @@ class GradientColumns {
       __syncwarp();
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int half = i % 2, eight = piece * 8 + part * 2 + i / 2;
-          const float2 pair = unpack_bf16(values[part][i]);
-          store_pair(pair_address(rows, eight, half),
-                     pack_e4m3(pair.x * of_rows[half], pair.y * of_rows[half]));
-        }
+        stage_quantized(rows, piece * 4 + part, values[part], of_rows);
       }
       stage_columns_of(Which(kWhich), piece, values, of_tile);
     }

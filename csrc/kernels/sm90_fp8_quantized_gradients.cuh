@@ -64,13 +64,7 @@ class QuantizedGradients : public BesideBf16 {
       for (int part = 0; part < 4; ++part) {
         uint32_t values[4];
         load_matrices(tile + part_address(0, part), values[0], values[1], values[2], values[3]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int half = i % 2, eight = piece * 8 + part * 2 + i / 2;
-          const float2 pair = unpack_bf16(values[i]);
-          store_pair(pair_address(staged, eight, half),
-                     pack_e4m3(pair.x * inverses[half], pair.y * inverses[half]));
-        }
+        stage_quantized(staged, piece * 4 + part, values, inverses);
       }
     }
   }

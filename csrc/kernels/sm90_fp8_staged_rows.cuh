@@ -24,6 +24,20 @@ __device__ __forceinline__ void store_pair(uint32_t address, uint16_t pair) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(pair) : "memory");
 }
 
+// 16 columns of bf16, number `sixteen` of 128, as load_matrices finds them, each row times a
+// factor.
+__device__ __forceinline__ void stage_quantized(uint32_t tile, int sixteen,
+                                                const uint32_t (&values)[4],
+                                                const float (&factors)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int half = i % 2;
+    const float2 pair = unpack_bf16(values[i]);
+    store_pair(pair_address(tile, 2 * sixteen + i / 2, half),
+               pack_e4m3(pair.x * factors[half], pair.y * factors[half]));
+  }
+}
+
 // Scales of a thread's two rows from their largest magnitudes, of which one of four threads keeps
 // one in memory, times a factor: [rows, blocks], `place` that of the warpgroup's first row.
 __device__ __forceinline__ void find_scales(const float (&largest)[2], float (&inverses)[2],

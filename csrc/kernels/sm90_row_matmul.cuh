@@ -319,17 +319,11 @@ __device__ void multiply_tiles(const typename Matmul::Arguments& arguments,
   epilogue.end();
 }
 
-// All threads synchronise in it.
+// All threads synchronise in it. Every thread that multiplies reads a stage, and frees it.
 template <class Matmul>
 __device__ __forceinline__ void prepare_row_matmul(typename Matmul::Shared& shared) {
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Matmul::kStages; ++stage) {
-      barrier_init(&shared.full[stage], Matmul::kThreadsCopy ? kWarpgroup + 1 : 1);
-      barrier_init(&shared.empty[stage], 2 * kWarpgroup);  // every thread, since each reads
-    }
-    barrier_init_fence();
-  }
-  __syncthreads();
+  prepare_stages(shared.full, shared.empty, Matmul::kThreadsCopy ? kWarpgroup + 1 : 1,
+                 2 * kWarpgroup);
 }
 
 // By the first warpgroup.

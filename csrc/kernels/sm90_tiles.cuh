@@ -21,6 +21,21 @@ struct Ring {
   }
 };
 
+// Makes the barriers of a ring's stages, for so many arrivals. All threads synchronise in it.
+template <int kStages>
+__device__ __forceinline__ void prepare_stages(uint64_t (&full)[kStages],
+                                               uint64_t (&empty)[kStages], uint32_t full_arrivals,
+                                               uint32_t empty_arrivals) {
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(&full[stage], full_arrivals);
+      barrier_init(&empty[stage], empty_arrivals);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+}
+
 // Where a lane's row of part `i` lies, 16 columns of 64 rows of a warpgroup, in swizzled chunks of
 // 64 columns: as store_matrices asks for.
 __device__ __forceinline__ uint32_t part_address(uint32_t tile, int i) {
