@@ -4,6 +4,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
 
 #include "../kernels/fp8_experts.h"
@@ -99,6 +100,34 @@ Quantized quantize_rows(const at::Tensor& values, const char* name, void* stream
   return quantized;
 }
 
+std::tuple<at::Tensor, at::Tensor> fp8_quantize_rows_cuda(const at::Tensor& values, bool whole) {
+  check_moe_dimensions(values, "values", 2, "[rows, width]");
+  check_moe_tensor(values, "values", values.sizes(), at::kBFloat16, values, "values");
+  check_unit(values.size(1), "width of rows");
+  const c10::DeviceGuard guard(values.device());
+  auto [data, scales] = quantize_rows(values, "values", current_stream(values),
+                                      whole ? fp8_quantize_whole_rows : fp8_quantize_rows);
+  return {data, scales};
+}
+
+// Rows that the caller has quantised, or none.
+struct GivenRows {
+  const std::optional<at::Tensor>& data;
+  const std::optional<at::Tensor>& scales;
+
+  Quantized or_quantized(const at::Tensor& values, const char* name, void* stream,
+                         decltype(fp8_quantize_rows)* quantize = fp8_quantize_rows) const {
+    if (!data.has_value()) return quantize_rows(values, name, stream, quantize);
+    aligned_data(values, name);
+    TORCH_CHECK(scales.has_value(), name, " that is quantised must have scales");
+    check_moe_tensor(*data, name, values.sizes(), kFp8, values, name);
+    check_moe_tensor(*scales, "scales", {values.size(0), values.size(1) / kFp8WidthUnit},
+                     at::kFloat, values, name);
+    aligned_data(*data, name);
+    return {*data, *scales};
+  }
+};
+
 // The pre-activation, in bf16 or quantised; without scales in the former case.
 struct Kept {
   at::Tensor data, scales;
@@ -124,10 +153,11 @@ struct Pass {
 
 // The experts' outputs [rows, hidden size], and the pre-activation.
 std::tuple<at::Tensor, Kept> forward_products(const Pass& pass, const at::Tensor& hidden_states,
+                                              const GivenRows& given,
                                               const QuantizedExperts& experts, bool keep_fp8) {
   const int64_t rows = pass.sizes.rows, width = pass.sizes.width;
   const auto options = hidden_states.options();
-  const Quantized inputs = quantize_rows(hidden_states, "hidden_states", pass.stream);
+  const Quantized inputs = given.or_quantized(hidden_states, "hidden_states", pass.stream);
   const Kept kept = Kept::empty(rows, 2 * width, keep_fp8, options);
   Quantized activation = Quantized::empty(rows, width, options);
   fp8_experts_up_forward(pass.sizes, pass.rows, inputs.rows(), experts.gate_up.weights(),
@@ -163,6 +193,7 @@ struct Columns {
 struct Backward {
   const Pass& pass;
   const at::Tensor &grad_out, &hidden_states;
+  GivenRows given_grad_out, given_hidden_states;
   const QuantizedExperts& experts;
   const Kept& kept;
   const Gradients& gradients;
@@ -172,7 +203,8 @@ struct Backward {
 // pre-activation in bf16 takes its place: a tile is read before it is written, and nothing else
 // reads it.
 Quantized weight_gradients_in_bf16(const Backward& backward) {
-  const auto& [pass, grad_out, hidden_states, experts, kept, gradients] = backward;
+  const auto& [pass, grad_out, hidden_states, given_grad_out, given_hidden_states, experts, kept,
+               gradients] = backward;
   const int64_t rows = pass.sizes.rows, width = pass.sizes.width;
   const auto options = hidden_states.options();
   at::Tensor grad_pre_activation =
@@ -180,7 +212,7 @@ Quantized weight_gradients_in_bf16(const Backward& backward) {
   at::Tensor activation = at::empty({rows, width}, options);
   Quantized grad = Quantized::empty(rows, 2 * width, options);
   {
-    const Quantized grad_outs = quantize_rows(grad_out, "grad_out", pass.stream);
+    const Quantized grad_outs = given_grad_out.or_quantized(grad_out, "grad_out", pass.stream);
     fp8_experts_down_backward(pass.sizes, pass.rows, grad_outs.rows(), experts.down.weights(),
                               kept.pre_activation(), grad_pre_activation.mutable_data_ptr(),
                               grad.data.mutable_data_ptr(), grad.scales.mutable_data_ptr<float>(),
@@ -197,17 +229,18 @@ Quantized weight_gradients_in_bf16(const Backward& backward) {
 
 // The same with the weights' gradients in fp8.
 Quantized weight_gradients_in_fp8(const Backward& backward) {
-  const auto& [pass, grad_out, hidden_states, experts, kept, gradients] = backward;
+  const auto& [pass, grad_out, hidden_states, given_grad_out, given_hidden_states, experts, kept,
+               gradients] = backward;
   const int64_t rows = pass.sizes.rows, width = pass.sizes.width;
   const auto options = hidden_states.options();
   Quantized grad = Quantized::empty(rows, 2 * width, options);
   const Columns columns = Columns::empty(pass.sizes, 2 * width, options);
-  const Quantized inputs =
-      quantize_rows(hidden_states, "hidden_states", pass.stream, fp8_quantize_whole_rows);
+  const Quantized inputs = given_hidden_states.or_quantized(hidden_states, "hidden_states",
+                                                            pass.stream, fp8_quantize_whole_rows);
   {
     const Columns activation = Columns::empty(pass.sizes, width, options);
     const Quantized grad_outs =
-        quantize_rows(grad_out, "grad_out", pass.stream, fp8_quantize_whole_rows);
+        given_grad_out.or_quantized(grad_out, "grad_out", pass.stream, fp8_quantize_whole_rows);
     fp8_experts_down_backward(pass.sizes, pass.rows, grad_outs.rows(), experts.down.weights(),
                               kept.pre_activation(), inputs.scales.const_data_ptr<float>(),
                               grad.data.mutable_data_ptr(), grad.scales.mutable_data_ptr<float>(),
@@ -268,13 +301,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fp8_experts_forward_cuda(
     const at::Tensor& hidden_states, const at::Tensor& weights, const at::Tensor& offsets,
     const at::Tensor& slot_of_row, const at::Tensor& row_of_slot, const at::Tensor& gate_up,
     const at::Tensor& gate_up_scales, const at::Tensor& down, const at::Tensor& down_scales,
-    bool keep_fp8) {
+    bool keep_fp8, const std::optional<at::Tensor>& quantized,
+    const std::optional<at::Tensor>& quantized_scales) {
   const Pass pass =
       routed_pass(hidden_states, weights, offsets, slot_of_row, row_of_slot, gate_up, false);
   const QuantizedExperts experts =
       check_experts(gate_up, gate_up_scales, down, down_scales, pass.sizes, false, hidden_states);
   const c10::DeviceGuard guard(hidden_states.device());
-  const auto [out_of_rows, kept] = forward_products(pass, hidden_states, experts, keep_fp8);
+  const auto [out_of_rows, kept] =
+      forward_products(pass, hidden_states, {quantized, quantized_scales}, experts, keep_fp8);
   at::Tensor out = at::empty(hidden_states.sizes(), hidden_states.options());
   experts_combine(pass.sizes, pass.rows, out_of_rows.const_data_ptr(), pass.rows.weights,
                   out.mutable_data_ptr(), pass.stream);
@@ -288,7 +323,9 @@ std::tuple<at::Tensor, at::Tensor> fp8_experts_backward_cuda(
     const at::Tensor& down_transposed, const at::Tensor& down_scales,
     const at::Tensor& pre_activation, const at::Tensor& pre_activation_scales,
     const at::Tensor& grad_gate_up, const at::Tensor& grad_down, bool fp8_weight_gradients,
-    bool sums_are_zero) {
+    bool sums_are_zero, const std::optional<at::Tensor>& quantized_grad_out,
+    const std::optional<at::Tensor>& grad_out_scales, const std::optional<at::Tensor>& quantized,
+    const std::optional<at::Tensor>& quantized_scales) {
   const Pass pass = routed_pass(hidden_states, weights, offsets, slot_of_row, row_of_slot,
                                 gate_up_transposed, true);
   const ExpertSizes& sizes = pass.sizes;
@@ -304,8 +341,10 @@ std::tuple<at::Tensor, at::Tensor> fp8_experts_backward_cuda(
       at::empty({sizes.rows, parts_of_row}, hidden_states.options().dtype(at::kFloat));
   const Gradients gradients = {grad_gate_up, grad_down, parts.mutable_data_ptr<float>(),
                                fp8_weight_gradients, sums_are_zero};
-  const at::Tensor grad_of_rows =
-      backward_products({pass, grad_out, hidden_states, experts, kept, gradients});
+  const GivenRows given_grad_out = {quantized_grad_out, grad_out_scales};
+  const GivenRows given = {quantized, quantized_scales};
+  const at::Tensor grad_of_rows = backward_products(
+      {pass, grad_out, hidden_states, given_grad_out, given, experts, kept, gradients});
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
   experts_grad_weights(sizes, pass.rows, parts.const_data_ptr<float>(), parts_of_row,
                        grad_weights.mutable_data_ptr<float>(), pass.stream);
@@ -326,24 +365,26 @@ Pass dense_pass(const at::Tensor& hidden_states, const at::Tensor& gate_up, bool
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fp8_gated_mlp_forward_cuda(
     const at::Tensor& hidden_states, const at::Tensor& gate_up, const at::Tensor& gate_up_scales,
-    const at::Tensor& down, const at::Tensor& down_scales, bool keep_fp8) {
+    const at::Tensor& down, const at::Tensor& down_scales, bool keep_fp8,
+    const std::optional<at::Tensor>& quantized, const std::optional<at::Tensor>& quantized_scales) {
   const Pass pass = dense_pass(hidden_states, gate_up, false);
   const QuantizedExperts experts =
       check_experts(gate_up, gate_up_scales, down, down_scales, pass.sizes, false, hidden_states);
   const c10::DeviceGuard guard(hidden_states.device());
-  const auto [out, kept] = forward_products(pass, hidden_states, experts, keep_fp8);
+  const auto [out, kept] =
+      forward_products(pass, hidden_states, {quantized, quantized_scales}, experts, keep_fp8);
   return {out, kept.data, kept.scales};
 }
 
-at::Tensor fp8_gated_mlp_backward_cuda(const at::Tensor& grad_out, const at::Tensor& hidden_states,
-                                       const at::Tensor& gate_up_transposed,
-                                       const at::Tensor& gate_up_scales,
-                                       const at::Tensor& down_transposed,
-                                       const at::Tensor& down_scales,
-                                       const at::Tensor& pre_activation,
-                                       const at::Tensor& pre_activation_scales,
-                                       const at::Tensor& grad_gate_up, const at::Tensor& grad_down,
-                                       bool fp8_weight_gradients, bool sums_are_zero) {
+at::Tensor fp8_gated_mlp_backward_cuda(
+    const at::Tensor& grad_out, const at::Tensor& hidden_states,
+    const at::Tensor& gate_up_transposed, const at::Tensor& gate_up_scales,
+    const at::Tensor& down_transposed, const at::Tensor& down_scales,
+    const at::Tensor& pre_activation, const at::Tensor& pre_activation_scales,
+    const at::Tensor& grad_gate_up, const at::Tensor& grad_down, bool fp8_weight_gradients,
+    bool sums_are_zero, const std::optional<at::Tensor>& quantized_grad_out,
+    const std::optional<at::Tensor>& grad_out_scales, const std::optional<at::Tensor>& quantized,
+    const std::optional<at::Tensor>& quantized_scales) {
   const Pass pass = dense_pass(hidden_states, gate_up_transposed, true);
   const ExpertSizes& sizes = pass.sizes;
   const QuantizedExperts experts = check_experts(
@@ -354,13 +395,17 @@ at::Tensor fp8_gated_mlp_backward_cuda(const at::Tensor& grad_out, const at::Ten
   const c10::DeviceGuard guard(hidden_states.device());
   const Gradients gradients = {grad_gate_up, grad_down, nullptr, fp8_weight_gradients,
                                sums_are_zero};
-  return backward_products({pass, grad_out, hidden_states, experts, kept, gradients});
+  const GivenRows given_grad_out = {quantized_grad_out, grad_out_scales};
+  const GivenRows given = {quantized, quantized_scales};
+  return backward_products(
+      {pass, grad_out, hidden_states, given_grad_out, given, experts, kept, gradients});
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(megatron_kanana, CUDA, library) {
   library.impl("fp8_quantize_weights", fp8_quantize_weights_cuda);
+  library.impl("fp8_quantize_rows", fp8_quantize_rows_cuda);
   library.impl("fp8_experts_forward", fp8_experts_forward_cuda);
   library.impl("fp8_experts_backward", fp8_experts_backward_cuda);
   library.impl("fp8_gated_mlp_forward", fp8_gated_mlp_forward_cuda);

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_kanana.kernels.moe import Permutation, routed_experts
+from megatron_kanana.kernels.moe.common_rows import CommonRows
 from megatron_kanana.kernels.moe.fp8 import Fp8Choices, routed_experts_fp8
 
 from .matrix_stack import MatrixStack, matrix_stack
@@ -90,6 +91,8 @@ class GroupedExperts(MegatronModule):
         hidden_states: torch.Tensor,
         permutation: Permutation,
         weights: torch.Tensor,
+        *,
+        common_rows: CommonRows | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Weighted sum over each token's experts, as far as they lie here.
 
@@ -97,6 +100,7 @@ class GroupedExperts(MegatronModule):
             hidden_states: [T, D].
             permutation: of the tokens' slots to the experts.
             weights: fp32 [T, K].
+            common_rows: with the shared experts, in fp8.
 
         Returns:
             [T, D], zero for tokens without an expert here, and megatron-core's bias, None.
@@ -106,7 +110,11 @@ class GroupedExperts(MegatronModule):
             return routed_experts(*inputs, backend=self.backend), None
         step = self.fp8_copies.for_forward(self, (self.gate_up, self.down))
         out = routed_experts_fp8(
-            *inputs, *step.copies, choices=self.fp8, sums_are_zero=step.sums_are_zero
+            *inputs,
+            *step.copies,
+            choices=self.fp8,
+            sums_are_zero=step.sums_are_zero,
+            common_rows=common_rows,
         )
         return out, None
 

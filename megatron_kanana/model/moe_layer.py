@@ -10,7 +10,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from .dispatcher import token_dispatcher
+from megatron_kanana.kernels.moe.common_rows import CommonRows, experts_take_quantized_rows
+
+from .dispatcher import LocalDispatcher, token_dispatcher
 
 
 class ExpertLayer(MoELayer):
@@ -39,6 +41,20 @@ class ExpertLayer(MoELayer):
         self.token_dispatcher = token_dispatcher(
             dispatcher, self.num_local_experts, config, groups, backend
         )
+        self._has_common_rows = self._experts_have_common_rows() and experts_take_quantized_rows()
+
+    def _experts_have_common_rows(self) -> bool:
+        """Whether routed and shared experts take the same rows, and in the same formats of fp8.
+
+        Tokens that come from other processes are others, gathered ones lie elsewhere.
+        """
+        return (
+            self.use_shared_expert
+            and type(self.token_dispatcher) is LocalDispatcher
+            and self.shared_experts.tp_group.size() == 1
+            and self.experts.fp8 is not None
+            and self.experts.fp8 == self.shared_experts.fp8
+        )
 
     def set_for_recompute_pre_mlp_layernorm(self) -> None:
         """Nothing to do under fp8: no layer in here keeps a quantised copy of its input."""
@@ -65,10 +81,14 @@ class ExpertLayer(MoELayer):
         dispatcher = self.token_dispatcher
         weights, experts = self.router(hidden_states, padding_mask)
         tokens, weights = dispatcher.dispatch_preprocess(hidden_states, experts, weights)
-        shared = self.shared_experts(hidden_states) if self.use_shared_expert else None
+        # Both compute on one stream, so that neither waits for what the other quantised.
+        common_rows = CommonRows() if self._has_common_rows else None
+        shared = None
+        if self.use_shared_expert:
+            shared = self.shared_experts(hidden_states, common_rows=common_rows)
         tokens, weights = dispatcher.token_dispatch(tokens, weights)
         tokens, permutation, weights = dispatcher.dispatch_postprocess(tokens, weights)
-        output, _ = self.experts(tokens, permutation, weights)
+        output, _ = self.experts(tokens, permutation, weights, common_rows=common_rows)
         output = dispatcher.token_combine(dispatcher.combine_preprocess(output))
         output = dispatcher.combine_postprocess(output)
         return output if shared is None else output + shared, None

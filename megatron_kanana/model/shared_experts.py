@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kanana.kernels.moe import gated_mlp
+from megatron_kanana.kernels.moe.common_rows import CommonRows
 from megatron_kanana.kernels.moe.fp8 import Fp8Choices, gated_mlp_fp8
 
 from .quantized_weights import WeightCopies
@@ -48,10 +49,17 @@ class SharedExperts(SharedExpertMLP):
         self.fp8_copies = WeightCopies()
         self.is_first_microbatch = True
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[sequence or this process's part of it, batch, D] -> the same shape."""
+    def forward(
+        self, hidden_states: torch.Tensor, *, common_rows: CommonRows | None = None
+    ) -> torch.Tensor:
+        """[sequence or this process's part of it, batch, D] -> the same shape.
+
+        Args:
+            hidden_states: of the layer.
+            common_rows: with the routed experts, in fp8; only where `tp_group` is one process.
+        """
         if self.tp_group.size() == 1:
-            return self._compute(hidden_states)
+            return self._compute(hidden_states, common_rows)
         gathered = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         with _kept_in_parts(gathered, hidden_states.detach(), self.tp_group):
             partial_sums = self._compute(gathered)
@@ -60,14 +68,20 @@ class SharedExperts(SharedExpertMLP):
         )
         return summed
 
-    def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _compute(
+        self, hidden_states: torch.Tensor, common_rows: CommonRows | None = None
+    ) -> torch.Tensor:
         weights = (self.linear_fc1.weight, self.linear_fc2.weight)
         inputs = (hidden_states.flatten(0, -2), *weights)
         if self.fp8 is None:
             return gated_mlp(*inputs, backend=self.backend).view(hidden_states.shape)
         step = self.fp8_copies.for_forward(self, [weight[None] for weight in weights])
         out = gated_mlp_fp8(
-            *inputs, *step.copies, choices=self.fp8, sums_are_zero=step.sums_are_zero
+            *inputs,
+            *step.copies,
+            choices=self.fp8,
+            sums_are_zero=step.sums_are_zero,
+            common_rows=common_rows,
         )
         return out.view(hidden_states.shape)
 

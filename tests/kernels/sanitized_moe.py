@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from megatron_kanana.kernels.moe import (
     route,
     routed_experts,
 )
+from megatron_kanana.kernels.moe.common_rows import CommonRows
 from megatron_kanana.kernels.moe.fp8 import (
     Fp8Choices,
     gated_mlp_fp8,
@@ -82,12 +84,14 @@ def run_in_fp8(sizes: Sizes, load: str, choices: Fp8Choices) -> None:
     )
     permutation = permutation_of(inputs.chosen.cuda(), sizes.experts, inputs.rows, backend="csrc")
     copies = [quantize_weights(weight) for weight in (gate_up, down)]
-    out = routed_experts_fp8(
-        hidden_states, weights, permutation, gate_up, down, *copies, choices=choices
-    )
-    copies = [quantize_weights(weight[:1]) for weight in (gate_up, down)]
-    out = out + gated_mlp_fp8(hidden_states, gate_up[0], down[0], *copies, choices=choices)
-    out.backward(inputs.grad_out.cuda())
+    copies_of_first = [quantize_weights(weight[:1]) for weight in (gate_up, down)]
+    for common in (None, CommonRows()):
+        options: Any = {"choices": choices, "common_rows": common}
+        out = routed_experts_fp8(
+            hidden_states, weights, permutation, gate_up, down, *copies, **options
+        )
+        out = out + gated_mlp_fp8(hidden_states, gate_up[0], down[0], *copies_of_first, **options)
+        out.backward(inputs.grad_out.cuda())
     torch.cuda.synchronize()
     assert out.isfinite().all()
 

@@ -6,10 +6,12 @@ python -m pytest --noconftest tests/kernels/test_fp8_experts_sm90.py
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_kanana.kernels.moe.common_rows import CommonRows, QuantizedRows, quantize_rows
 from megatron_kanana.kernels.moe.fp8 import (
     Fp8Choices,
     QuantizedWeights,
@@ -334,6 +336,70 @@ def test_gradients_of_shared_experts_have_the_same_bits_where_blocks_share_rows(
     for _ in range(4):
         again = gradients()
         assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+@CHOICES
+@pytest.mark.parametrize("tokens", [0, 1, 129, 1000])
+def test_rows_in_common_with_shared_experts_give_the_same_bits(
+    tokens: int, choices: Fp8Choices
+) -> None:
+    inputs = cuda_inputs(Sizes(tokens, 4, 16, 256, 384), "Zipf", seed=tokens)
+    calls: list[bool] = []
+
+    def counted(rows: torch.Tensor, whole: bool) -> QuantizedRows:
+        calls.append(whole)
+        return quantize_rows(rows, whole)
+
+    apart, together = (
+        results_with_shared_experts(inputs, choices, common)
+        for common in (None, CommonRows(counted))
+    )
+    for name in apart:
+        assert torch.equal(apart[name], together[name]), name
+    assert calls == ([False, True, True] if choices.weight_gradients else [False, False])
+
+
+def results_with_shared_experts(
+    inputs: Inputs, choices: Fp8Choices, common: CommonRows | None
+) -> dict[str, torch.Tensor]:
+    """As `results`, of all experts and of the first one beside as a shared one."""
+    hidden_states, weights = (
+        tensor.detach().requires_grad_() for tensor in (inputs.hidden_states, inputs.weights)
+    )
+    parameters = with_main_grad(inputs.gate_up), with_main_grad(inputs.down)
+    of_shared = with_main_grad(inputs.gate_up[0]), with_main_grad(inputs.down[0])
+    copies = [quantize_weights(parameter) for parameter in parameters]
+    copies_of_shared = [quantize_weights(parameter[None]) for parameter in of_shared]
+    options: Any = {"choices": choices, "common_rows": common}
+    shared = gated_mlp_fp8(hidden_states, *of_shared, *copies_of_shared, **options)
+    order = permutation(inputs)
+    out = routed_experts_fp8(hidden_states, weights, order, *parameters, *copies, **options)
+    out = out + shared
+    out.backward(inputs.grad_out)
+    found = (out.detach(), hidden_states.grad, weights.grad, *(p.main_grad for p in parameters))
+    names = (*NAMES, "shared gate_up", "shared down")
+    return dict(zip(names, (*found, *(p.main_grad for p in of_shared)), strict=True))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_are_rounded_to_the_nearest(whole: bool) -> None:
+    rows = torch.randn(300, 640, device="cuda", dtype=torch.bfloat16)
+    rows[::3, :BLOCK] *= 1e4
+    rows[7] = 0.0
+    data, scales = quantize_rows(rows, whole)
+    numbers = (data.double().unflatten(1, (-1, BLOCK)) * scales.double()[:, :, None]).flatten(1)
+    expected = fp8_whole_rows(rows.double())[0] if whole else fp8_rows(rows.double())
+    # A multiplication by the rounded inverse may go to the other neighbour of a division.
+    differ = (numbers - expected).abs() > 1e-6 * expected.abs()
+    assert float(differ.double().mean()) < 1e-3
+    assert not whole or torch.equal(scales, scales[:, :1].expand_as(scales))
+
+
+@pytest.mark.parametrize("width", [64, 192])
+def test_rows_between_the_blocks_are_refused(width: int) -> None:
+    rows = torch.zeros(4, width, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="width of rows must be a multiple of 128"):
+        quantize_rows(rows, False)
 
 
 def test_nothing_waits_for_the_gpu() -> None:

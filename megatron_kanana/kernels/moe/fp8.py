@@ -21,6 +21,7 @@ from megatron_kanana.native_library import HOPPER_FP8_EXPERT_WIDTH_UNIT
 
 from ..native import load_native_operations
 from ..weight_gradients import gradient_buffer, gradient_to_return
+from .common_rows import CommonRows
 from .permutation import Permutation
 
 _operations = torch.ops.megatron_kanana
@@ -87,6 +88,7 @@ def routed_experts_fp8(
     *,
     choices: Fp8Choices = IN_BF16,
     sums_are_zero: bool = False,
+    common_rows: CommonRows | None = None,
 ) -> torch.Tensor:
     """As `routed_experts`, in fp8.
 
@@ -101,6 +103,8 @@ def routed_experts_fp8(
         choices: what else is in fp8.
         sums_are_zero: whether the weights' `main_grad` is zero when the backward pass comes to it,
             and may be overwritten.
+        common_rows: of this forward pass, where `gated_mlp_fp8` takes the same hidden states and
+            its output is added to this one; both get it then.
 
     Returns:
         bf16 [tokens, hidden size].
@@ -115,6 +119,7 @@ def routed_experts_fp8(
         quantized_down,
         choices,
         sums_are_zero,
+        common_rows,
     )
     return out_TD
 
@@ -128,6 +133,7 @@ def gated_mlp_fp8(
     *,
     choices: Fp8Choices = IN_BF16,
     sums_are_zero: bool = False,
+    common_rows: CommonRows | None = None,
 ) -> torch.Tensor:
     """As `gated_mlp`, in fp8; the quantised weights are those of one expert.
 
@@ -141,6 +147,7 @@ def gated_mlp_fp8(
         quantized_down,
         choices,
         sums_are_zero,
+        common_rows,
     )
     return out_TD
 
@@ -158,6 +165,7 @@ class _RoutedExperts(torch.autograd.Function):
         quantized_down: QuantizedWeights,
         choices: Fp8Choices,
         sums_are_zero: bool,
+        common_rows: CommonRows | None,
     ) -> torch.Tensor:
         inputs = (
             hidden_states_TD.contiguous(),
@@ -167,12 +175,16 @@ class _RoutedExperts(torch.autograd.Function):
             permutation.row_of_slot_TK,
         )
         out_TD, *kept = _operations.fp8_experts_forward(
-            *inputs, *_forward_order(quantized_gate_up, quantized_down), choices.kept_activations
+            *inputs,
+            *_forward_order(quantized_gate_up, quantized_down),
+            choices.kept_activations,
+            *_common_in_forward(common_rows, inputs[0]),
         )
         ctx.save_for_backward(*inputs, *kept)
         ctx.parameters = (gate_up_E2ND, down_EDN)
         ctx.quantized = (quantized_gate_up, quantized_down)
         ctx.of_weights = (choices.weight_gradients, sums_are_zero)
+        ctx.common_rows = common_rows
         result: torch.Tensor = out_TD
         return result
 
@@ -180,18 +192,20 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, pre_activation_M2N, scales = ctx.saved_tensors
         buffers = [gradient_buffer(parameter) for parameter in ctx.parameters]
+        grad_out_TD = grad_out_TD.contiguous()
         grad_hidden_states_TD, grad_weights_TK = _operations.fp8_experts_backward(
-            grad_out_TD.contiguous(),
+            grad_out_TD,
             *inputs,
             *_backward_order(*ctx.quantized),
             pre_activation_M2N,
             scales,
             *buffers,
             *ctx.of_weights,
+            *_common_in_backward(ctx, grad_out_TD, inputs[0]),
         )
         _mark_as_overwritten(pre_activation_M2N, ctx)
         grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         return grad_hidden_states_TD, grad_weights_TK, None, *grad_parameters, *nothing
 
 
@@ -206,17 +220,20 @@ class _GatedMLP(torch.autograd.Function):
         quantized_down: QuantizedWeights,
         choices: Fp8Choices,
         sums_are_zero: bool,
+        common_rows: CommonRows | None,
     ) -> torch.Tensor:
         hidden_states_TD = hidden_states_TD.contiguous()
         out_TD, *kept = _operations.fp8_gated_mlp_forward(
             hidden_states_TD,
             *_forward_order(quantized_gate_up, quantized_down),
             choices.kept_activations,
+            *_common_in_forward(common_rows, hidden_states_TD),
         )
         ctx.save_for_backward(hidden_states_TD, *kept)
         ctx.parameters = (gate_up_2ND, down_DN)
         ctx.quantized = (quantized_gate_up, quantized_down)
         ctx.of_weights = (choices.weight_gradients, sums_are_zero)
+        ctx.common_rows = common_rows
         result: torch.Tensor = out_TD
         return result
 
@@ -224,18 +241,40 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: Any, grad_out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_states_TD, pre_activation_T2N, scales = ctx.saved_tensors
         buffers = [gradient_buffer(parameter) for parameter in ctx.parameters]
+        grad_out_TD = grad_out_TD.contiguous()
         grad_hidden_states_TD = _operations.fp8_gated_mlp_backward(
-            grad_out_TD.contiguous(),
+            grad_out_TD,
             hidden_states_TD,
             *_backward_order(*ctx.quantized),
             pre_activation_T2N,
             scales,
             *buffers,
             *ctx.of_weights,
+            *_common_in_backward(ctx, grad_out_TD, hidden_states_TD),
         )
         _mark_as_overwritten(pre_activation_T2N, ctx)
         grad_parameters = map(gradient_to_return, ctx.parameters, buffers)
-        return grad_hidden_states_TD, *grad_parameters, None, None, None, None
+        nothing = (None,) * 5
+        return grad_hidden_states_TD, *grad_parameters, *nothing
+
+
+def _common_in_forward(
+    common_rows: CommonRows | None, hidden_states_TD: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Last arguments of an operation, which quantises itself what it is not given."""
+    return () if common_rows is None else common_rows.for_forward(hidden_states_TD)
+
+
+def _common_in_backward(
+    ctx: Any, grad_out_TD: torch.Tensor, hidden_states_TD: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    if ctx.common_rows is None:
+        return ()
+    weight_gradients, _ = ctx.of_weights
+    rows: tuple[torch.Tensor, ...] = ctx.common_rows.for_backward(
+        grad_out_TD, hidden_states_TD, weight_gradients=weight_gradients
+    )
+    return rows
 
 
 def _mark_as_overwritten(pre_activation: torch.Tensor, ctx: Any) -> None:
