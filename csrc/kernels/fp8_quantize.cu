@@ -1,8 +1,9 @@
-// Quantisation to 8 bits: of rows, in one pass at the speed of memory; of weights, in both orders.
+// Quantisation to 8 bits of rows, in one pass at the speed of memory.
 #include <cuda_runtime.h>
 
+#include "bf16_pairs.cuh"
 #include "fp8_experts.h"
-#include "fp8_patches.cuh"
+#include "fp8_quantization.cuh"
 #include "sm90_launch.h"
 
 namespace megatron_kanana {
@@ -86,43 +87,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int block = lane; block < blocks; block += kWarp) scales[row * blocks + block] = scale;
 }
 
-// A block of threads for each block of a scale.
-__global__ void __launch_bounds__(Patch::kThreads, Patch::kBlocksAtOnce)
-    quantize_weights_kernel(const __nv_bfloat16* values, int rows, int columns, uint8_t* data,
-                            uint8_t* transposed, float* scales) {
-  __shared__ Transposition tile;
-  __shared__ float largest_of_warp[Patch::kThreads / kWarp];
-  const int64_t matrix = int64_t(blockIdx.z) * rows * columns;
-  const int64_t first_row = int64_t(blockIdx.y) * kScaleBlock;
-  const int64_t first_column = int64_t(blockIdx.x) * kScaleBlock;
-  const int64_t first = matrix + first_row * columns + first_column;
-  Patch patch;
-  patch.load(values + first, columns);
-  uint32_t largest_of_two = 0;
-#pragma unroll
-  for (const auto& row : patch.rows) {
-#pragma unroll
-    for (uint32_t word : row) largest_of_two = larger(largest_of_two, word);
-  }
-  float largest = fmaxf(fabsf(low_of(largest_of_two)), fabsf(high_of(largest_of_two)));
-  largest = largest_of_neighbours<kWarp>(largest, ~0u);
-  if (threadIdx.x % kWarp == 0) largest_of_warp[threadIdx.x / kWarp] = largest;
-  __syncthreads();
-#pragma unroll
-  for (float other : largest_of_warp) largest = fmaxf(largest, other);
-  const float scale = scale_of(largest), inverse = inverse_of(scale);
-  const auto scaled = [=](uint32_t pair) {
-    return make_float2(low_of(pair) * inverse, high_of(pair) * inverse);
-  };
-  patch.store_rows(data + first, columns, [&](int, uint32_t pair) { return scaled(pair); });
-  patch.put_columns(tile, [&](int, uint32_t pair) { return scaled(pair); });
-  __syncthreads();
-  tile.store(transposed + matrix + first_column * rows + first_row, rows);
-  if (threadIdx.x == 0) {
-    scales[(int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = scale;
-  }
-}
-
 }  // namespace
 
 void fp8_quantize_rows(const void* values, int64_t rows, int width, void* data, float* scales,
@@ -143,16 +107,6 @@ void fp8_quantize_whole_rows(const void* values, int64_t rows, int width, void* 
   quantize_whole_rows_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const __nv_bfloat16*>(values), rows, width, static_cast<uint2*>(data), scales);
   sm90::check_cuda("fp8_quantize_whole_rows");
-}
-
-void fp8_quantize_weights(const void* values, int experts, int rows, int columns, void* data,
-                          void* transposed, float* scales, void* stream) {
-  if (experts == 0) return;
-  const dim3 blocks(columns / kScaleBlock, rows / kScaleBlock, experts);
-  quantize_weights_kernel<<<blocks, Patch::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const __nv_bfloat16*>(values), rows, columns, static_cast<uint8_t*>(data),
-      static_cast<uint8_t*>(transposed), scales);
-  sm90::check_cuda("fp8_quantize_weights");
 }
 
 }  // namespace megatron_kanana
