@@ -78,11 +78,11 @@ QuantizedGradients::Arguments gradient_rows(const ExpertSizes& sizes, void* data
 }
 
 // `epilogue`: but for what it shares with all others.
-template <class Quantization, bool kKeptFp8>
+template <bool kGather, class Quantization, bool kKeptFp8>
 void launch(const Operands& operands,
             const typename Epilogue<Quantization, kKeptFp8>::Arguments& epilogue,
             float* grad_weight_parts, void* stream) {
-  using Matmul = Fp8RowMatmul<true, 5, Epilogue<Quantization, kKeptFp8>>;
+  using Matmul = Fp8RowMatmul<kGather, 5, Epilogue<Quantization, kKeptFp8>>;
   const auto& [sizes, rows, grad_out, down, kept] = operands;
   const int width = sizes.width, blocks = width / kScaleBlock;
   const int kept_width = kKeptFp8 ? width / 2 : width;  // as bf16
@@ -93,9 +93,7 @@ void launch(const Operands& operands,
   typename Matmul::Arguments arguments;
   arguments.b =
       weights_map(down.data, sizes.experts, width, sizes.hidden_size / 2, Matmul::kColumns / 2);
-  arguments.gathered = gathered_fp8_rows(sizes, rows, grad_out.data);
-  arguments.groups = row_groups(sizes, rows);
-  arguments.depth = sizes.hidden_size / 2;
+  set_rows<Matmul>(arguments, sizes, rows, grad_out.data, sizes.hidden_size);
   arguments.column_tiles = blocks;
   arguments.second_half = Matmul::kColumns / 2;
   arguments.epilogue = epilogue;
@@ -127,7 +125,7 @@ void launch_beside_bf16(const Operands& operands, void* grad_pre_activation, voi
   epilogue.grad_up = half(width);
   epilogue.activation = open_rows(weighted_activation, sizes.rows, width, width);
   epilogue.quantization = gradient_rows(sizes, quantized_grad, grad_scales);
-  launch<QuantizedGradients, kKeptFp8>(operands, epilogue, grad_weight_parts, stream);
+  launch<true, QuantizedGradients, kKeptFp8>(operands, epilogue, grad_weight_parts, stream);
 }
 
 template <bool kKeptFp8>
@@ -149,7 +147,9 @@ void launch_columns(const Operands& operands, const float* hidden_states_scales,
       .slots_of_a_token = sizes.experts_of_token,
       .groups = row_groups(sizes, operands.rows),
   };
-  launch<GradientColumns, kKeptFp8>(operands, epilogue, grad_weight_parts, stream);
+  const auto launch_rows = are_gathered(operands.rows) ? launch<true, GradientColumns, kKeptFp8>
+                                                       : launch<false, GradientColumns, kKeptFp8>;
+  launch_rows(operands, epilogue, grad_weight_parts, stream);
 }
 
 }  // namespace

@@ -30,6 +30,22 @@ inline GatheredRows gathered_fp8_rows(const ExpertSizes& sizes, const ExpertRows
   return gathered;
 }
 
+// Sets where A lies: rows of `depth` numbers of 8 bits, of tokens that are gathered, or in order.
+template <class Matmul>
+void set_rows(typename Matmul::Arguments& arguments, const ExpertSizes& sizes,
+              const ExpertRows& rows, const void* data, int depth) {
+  arguments.groups = row_groups(sizes, rows);
+  arguments.depth = depth / 2;
+  if constexpr (Matmul::kGather) {
+    arguments.gathered = gathered_fp8_rows(sizes, rows, data);
+  } else {
+    arguments.a = ordered_rows_map(data, sizes.rows, depth / 2, depth / 2, kTileRows);
+  }
+}
+
+// Without routing there is one expert, which has the tokens' rows as they are.
+inline bool are_gathered(const ExpertRows& rows) { return rows.slot_of_row != nullptr; }
+
 template <class Matmul>
 void launch_fp8_row_matmul(const typename Matmul::Arguments& arguments, const char* name,
                            void* stream) {

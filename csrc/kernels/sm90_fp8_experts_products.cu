@@ -13,11 +13,8 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& a, 
   using Matmul = Fp8RowMatmul<false, 3, StoreRows>;
   const int width = sizes.hidden_size;
   Matmul::Arguments arguments;
-  arguments.a = ordered_rows_map(a.data, sizes.rows, depth / 2, depth / 2, kTileRows);
+  set_rows<Matmul>(arguments, sizes, rows, a.data, depth);
   arguments.b = weights_map(b, sizes.experts, width, depth / 2, StoreRows::kColumns / 2);
-  arguments.gathered = {};
-  arguments.groups = row_groups(sizes, rows);
-  arguments.depth = depth / 2;
   arguments.column_tiles = (width + StoreRows::kColumns - 1) / StoreRows::kColumns;
   arguments.second_half = StoreRows::kColumns / 2;
   arguments.epilogue = {.out = open_rows(out, sizes.rows, width, width)};

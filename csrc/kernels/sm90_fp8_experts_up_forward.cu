@@ -91,12 +91,12 @@ class Fp8UpForward {
   Staged staged_;
 };
 
-template <bool kKeepsFp8>
+template <bool kGather, bool kKeepsFp8>
 void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& hidden_states,
             const Fp8Weights& gate_up, const KeptPreActivation& kept, void* activation,
             float* activation_scales, void* stream) {
   using Epilogue = Fp8UpForward<kKeepsFp8>;
-  using Matmul = Fp8RowMatmul<true, 3, Epilogue>;
+  using Matmul = Fp8RowMatmul<kGather, 3, Epilogue>;
   const int width = sizes.width, blocks = width / kScaleBlock;
   const int kept_width = kKeepsFp8 ? width / 2 : width;  // as bf16
   const auto kept_rows = [&](int first_column) {
@@ -105,9 +105,7 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const Fp8Rows& hid
   typename Matmul::Arguments arguments;
   arguments.b = weights_map(gate_up.data, sizes.experts, 2 * width, sizes.hidden_size / 2,
                             Epilogue::kColumnStep);
-  arguments.gathered = gathered_fp8_rows(sizes, rows, hidden_states.data);
-  arguments.groups = row_groups(sizes, rows);
-  arguments.depth = sizes.hidden_size / 2;
+  set_rows<Matmul>(arguments, sizes, rows, hidden_states.data, sizes.hidden_size);
   arguments.column_tiles = blocks;
   arguments.second_half = width;
   arguments.epilogue = {.gate = kept_rows(0),
@@ -130,7 +128,10 @@ void fp8_experts_up_forward(const ExpertSizes& sizes, const ExpertRows& rows,
                             float* activation_scales, void* stream) {
   if (sizes.rows == 0) return;
   sm90::enter_device();
-  const auto launch = kept.scales == nullptr ? sm90::launch<false> : sm90::launch<true>;
+  const bool keeps_fp8 = kept.scales != nullptr;
+  const auto launch = sm90::are_gathered(rows)
+                          ? (keeps_fp8 ? sm90::launch<true, true> : sm90::launch<true, false>)
+                          : (keeps_fp8 ? sm90::launch<false, true> : sm90::launch<false, false>);
   launch(sizes, rows, hidden_states, gate_up, kept, activation, activation_scales, stream);
 }
 

@@ -2,10 +2,10 @@
 // sm90_experts_weight_gradient.cu has them in bf16.
 //
 // A block holds 128 columns of the tokens' rows and 256 of the rows in order, and walks over the
-// expert's rows, 128 at a time. One warpgroup loads: the tokens' rows by 16-byte copies of single
-// threads, the rows in order, which are column tiles (sm90_fp8_column_tiles.cuh), by the bulk copy
-// engine. Two warpgroups multiply; the copy engine adds their sums to those in memory while the
-// next tile is multiplied.
+// expert's rows, 128 at a time. One warpgroup loads: the tokens' rows, where they are gathered, by
+// 16-byte copies of single threads, else like the rows in order, which are column tiles
+// (sm90_fp8_column_tiles.cuh), by the bulk copy engine. Two warpgroups multiply; the copy engine
+// adds their sums to those in memory while the next tile is multiplied.
 #include <cuda_runtime.h>
 
 #include "sm90_fp8_column_tiles.cuh"
@@ -26,9 +26,10 @@ struct WeightGradientArguments {
   const uint8_t* columns;  // [tiles, width, 64]
   const float* scales;     // [tiles, width / 128]
   int width;               // of the rows in order
-  const uint8_t* tokens;   // [tokens, token_width]
+  const uint8_t* tokens;   // [tokens, token_width], which are gathered
   int token_width;
   GatheredRows token_of_row;
+  CUtensorMap ordered_tokens;  // the same where they are rows in order, as bf16 of half the width
   RowGroups groups;
   CUtensorMap gradient;  // fp32 [experts, rows, columns]
   bool overwrites;       // the gradient, of which nothing is to be kept
@@ -130,22 +131,39 @@ __device__ __forceinline__ void clear(uint8_t (&half)[Tile::kHalfBytes]) {
 }
 
 // By a warpgroup: a warp copies 32 of a stage's 128 rows, eight threads the 128 bytes of a row.
-__device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared& shared,
-                          int tiles) {
+// `token`: of the row of this thread's number.
+__device__ __forceinline__ void gather_tokens(const WeightGradientArguments& arguments,
+                                              Tile::Stage& stage, int token_column, int token) {
   constexpr int kPasses = kWarp / 4;
   const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
   const int part = lane % 8, row_of_lane = thread / kWarp * kWarp + lane / 8;
+  const uint8_t* column = arguments.tokens + token_column + part * 16;
+  const uint32_t to = shared_address(stage.tokens);
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = row_of_lane + 4 * pass;
+    const int64_t from = __shfl_sync(~0u, token, 4 * pass + lane / 8);
+    copy_16_bytes(to + row * 128 + (part ^ (row % 8)) * 16, column + from * arguments.token_width);
+  }
+}
+
+// By a warpgroup.
+template <bool kGather>
+__device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared& shared,
+                          int tiles) {
+  const int thread = threadIdx.x % kWarpgroup;
   const GatheredRows& rows = arguments.token_of_row;
   Steps steps(arguments, tiles);
   const auto slot_of_thread = [&] {
-    return steps.there ? rows.slot(min(steps.first_row() + thread, steps.work.end_row - 1)) : 0;
+    if (!kGather || !steps.there) return 0;
+    return rows.slot(min(steps.first_row() + thread, steps.work.end_row - 1));
   };
   int slot = slot_of_thread();
   for (Ring<Tile::kStages> ring; steps.there; ring.advance()) {
     const Work work = steps.work;
     const int tile = work.column_tile + steps.step * kHalves;
     const int halves = steps.first_row() + kColumnTileRows < work.end_row ? kHalves : 1;
-    const int token = rows.token(slot);
+    const int token = kGather ? rows.token(slot) : 0, first_row = steps.first_row();
     steps.next();
     slot = slot_of_thread();  // of the next step, while this one waits for its stage
     barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
@@ -153,7 +171,12 @@ __device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared
     auto& stage = shared.stages[ring.stage];
     if (thread == 0) {
       const int columns = min(kRowColumns, arguments.width - work.row_column);
-      barrier_expect(full, halves * columns * kColumnTileRows);
+      const int of_tokens = kGather ? 0 : sizeof(stage.tokens);
+      barrier_expect(full, halves * columns * kColumnTileRows + of_tokens);
+      if constexpr (!kGather) {
+        load_box(stage.tokens, &arguments.ordered_tokens, full, work.token_column / 2, first_row,
+                 0);
+      }
       for (int half = 0; half < halves; ++half) {
         const int64_t column = int64_t(tile + half) * arguments.width + work.row_column;
         load_bytes(stage.rows[half], arguments.columns + column * kColumnTileRows,
@@ -162,16 +185,12 @@ __device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared
     }
     __syncwarp();
     if (halves == 1) clear(stage.rows[1]);  // rows that are not the expert's come to nothing
-    const uint8_t* column = arguments.tokens + work.token_column + part * 16;
-    const uint32_t to = shared_address(stage.tokens);
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = row_of_lane + 4 * pass;
-      const int64_t from = __shfl_sync(~0u, token, 4 * pass + lane / 8);
-      copy_16_bytes(to + row * 128 + (part ^ (row % 8)) * 16,
-                    column + from * arguments.token_width);
+    if constexpr (kGather) {
+      gather_tokens(arguments, stage, work.token_column, token);
+      barrier_arrive_after_copies(full);
+    } else {
+      barrier_arrive(full);
     }
-    barrier_arrive_after_copies(full);
   }
 }
 
@@ -343,7 +362,7 @@ __device__ void multiply_rows(const WeightGradientArguments& arguments, Tile::Sh
   if (threadIdx.x % kWarp == 0) bulk_wait();
 }
 
-template <bool kTokensFirst>
+template <bool kGather, bool kTokensFirst>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     fp8_weight_gradient_kernel(const __grid_constant__ WeightGradientArguments arguments,
                                int tiles) {
@@ -353,7 +372,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   prepare_stages(shared.full, shared.empty, kWarpgroup + 1, 2 * kWarpgroup / kWarp);
   if (warpgroup == 0) {
     give_registers<40>();
-    load_rows(arguments, shared, tiles);
+    load_rows<kGather>(arguments, shared, tiles);
   } else {
     take_registers<232>();
     multiply_rows<kTokensFirst>(arguments, shared, tiles, warpgroup - 1);
@@ -375,6 +394,8 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const void* tokens
       .tokens = static_cast<const uint8_t*>(tokens),
       .token_width = sizes.hidden_size,
       .token_of_row = gathered_rows(sizes, rows, nullptr),
+      .ordered_tokens = ordered_rows_map(tokens, sizes.tokens, sizes.hidden_size / 2,
+                                         sizes.hidden_size / 2, kStageRows),
       .groups = row_groups(sizes, rows),
       .gradient = fp32_tensor_map(gradient, {across, height, sizes.experts},
                                   {across, int64_t(across) * height},
@@ -388,7 +409,8 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const void* tokens
     arguments.row_parts = 2;
     arguments.overwrites = false;
   }
-  const auto kernel = fp8_weight_gradient_kernel<kTokensFirst>;
+  const auto kernel = are_gathered(rows) ? fp8_weight_gradient_kernel<true, kTokensFirst>
+                                         : fp8_weight_gradient_kernel<false, kTokensFirst>;
   constexpr int kSharedBytes = sizeof(Tile::Shared);
   static_assert(kSharedBytes <= 227 * 1024);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);

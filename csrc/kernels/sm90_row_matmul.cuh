@@ -167,6 +167,22 @@ class TileReader {
   int turn_ = 0;
 };
 
+// The stages that a tile's epilogue takes, by a warpgroup.
+template <class Matmul>
+__device__ __forceinline__ void load_for_epilogue(const typename Matmul::Arguments& arguments,
+                                                  typename Matmul::Shared& shared,
+                                                  Ring<Matmul::kStages>& ring,
+                                                  const RowTile& tile) {
+  for (int piece = 0; piece < Matmul::Epilogue::kLoadedStages; ++piece, ring.advance()) {
+    barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+    uint64_t* full = &shared.full[ring.stage];
+    if (threadIdx.x % kWarpgroup == 0) {
+      Matmul::Epilogue::load(arguments.epilogue, &shared.stages[ring.stage], full, tile, piece);
+    }
+    barrier_arrive(full);
+  }
+}
+
 // By a warpgroup where threads copy, else by a warp.
 template <class Matmul>
 __device__ void load_tiles(const typename Matmul::Arguments& arguments,
@@ -188,6 +204,10 @@ __device__ void load_tiles(const typename Matmul::Arguments& arguments,
       __syncwarp();
       scales.copy(shared.scales, ring.stage, depth / kDepth);
       if constexpr (Matmul::kThreadsCopy) barrier_arrive_after_copies(full);
+    }
+    if constexpr (Matmul::Epilogue::kLoadedStages > 0) {
+      static_assert(Matmul::kThreadsCopy);
+      load_for_epilogue<Matmul>(arguments, shared, ring, tile);
     }
   }
   writer.end(shared, ring);
@@ -242,14 +262,7 @@ __device__ void gather_tiles(const typename Matmul::Arguments& arguments,
       barrier_arrive_after_copies(&shared.full[ring.stage]);
     }
     if constexpr (Matmul::Epilogue::kLoadedStages > 0) {
-      for (int piece = 0; piece < Matmul::Epilogue::kLoadedStages; ++piece, ring.advance()) {
-        barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-        uint64_t* full = &shared.full[ring.stage];
-        if (thread == 0) {
-          Matmul::Epilogue::load(arguments.epilogue, &shared.stages[ring.stage], full, tile, piece);
-        }
-        barrier_arrive(full);
-      }
+      load_for_epilogue<Matmul>(arguments, shared, ring, tile);
     }
   }
   writer.end(shared, ring);
