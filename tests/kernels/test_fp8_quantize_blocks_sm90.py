@@ -90,6 +90,11 @@ def test_leading_dimensions_stay() -> None:
     check(random_values(64, 4, 384))
 
 
+def test_a_view_may_begin_at_any_multiple_of_16_bytes() -> None:
+    numbers = random_values(8 + 128 * 384)
+    check(numbers[8:].view(128, 384))
+
+
 @pytest.mark.parametrize("at", [(0, 0), (255, 639), (100, 317)])
 @pytest.mark.parametrize("outlier", [3e4, -1e9, 3e38])
 def test_an_outlier_sets_the_scales_of_its_two_blocks(outlier: float, at: tuple[int, int]) -> None:
@@ -163,6 +168,7 @@ def test_nothing_waits_for_the_gpu() -> None:
         (lambda values: values[:0], "values must not be empty"),
         (lambda values: values[:64], "multiples of 128, got 64 and 384"),
         (lambda values: values[:, :192].contiguous(), "multiples of 128, got 256 and 192"),
+        (lambda values: values.flatten()[1 : 1 + 128 * 128].view(128, 128), "multiple of 16 bytes"),
     ],
 )
 def test_other_values_are_refused(change: Any, message: str) -> None:

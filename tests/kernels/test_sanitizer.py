@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("kernels", ["attention", "moe", "loss"])
+@pytest.mark.parametrize("kernels", ["attention", "moe", "loss", "quantization"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_small_shapes_are_clean(tool: str, kernels: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
