@@ -8,191 +8,15 @@
 // adds their sums to those in memory while the next tile is multiplied.
 #include <cuda_runtime.h>
 
-#include "sm90_fp8_column_tiles.cuh"
 #include "sm90_fp8_experts_launch.h"
+#include "sm90_fp8_weight_gradient_loading.cuh"
 
 namespace megatron_kanana {
 namespace sm90 {
 namespace {
 
-constexpr int kStageRows = 128;
-constexpr int kTokenColumns = 128;
-constexpr int kRowColumns = 256;
-constexpr int kHalves = kStageRows / kColumnTileRows;
 constexpr int kBoxColumns = 32;  // of fp32 sums, 128 bytes
 constexpr int kBoxRows = 16;     // those of a warp
-
-struct WeightGradientArguments {
-  const uint8_t* columns;  // [tiles, width, 64]
-  const float* scales;     // [tiles, width / 128]
-  int width;               // of the rows in order
-  const uint8_t* tokens;   // [tokens, token_width], which are gathered
-  int token_width;
-  GatheredRows token_of_row;
-  CUtensorMap ordered_tokens;  // the same where they are rows in order, as bf16 of half the width
-  RowGroups groups;
-  CUtensorMap gradient;  // fp32 [experts, rows, columns]
-  bool overwrites;       // the gradient, of which nothing is to be kept
-  int row_parts;         // that an expert's rows are dealt to, each for a block of its own
-};
-
-struct WeightGradientTile {
-  static constexpr int kStages = 3;
-  static constexpr int kThreads = 3 * kWarpgroup;
-  static constexpr int kHalfBytes = kRowColumns * kColumnTileRows;
-  struct Stage {
-    uint8_t tokens[kStageRows * kTokenColumns];  // [row][column], swizzled by 128 bytes
-    uint8_t rows[kHalves][kHalfBytes];           // [column][row], swizzled by 64 bytes
-  };
-  struct Shared {
-    Stage stages[kStages];
-    float sums[2][2][64 * 64];  // a warpgroup's on their way to memory
-    uint64_t full[kStages], empty[kStages];
-  };
-};
-using Tile = WeightGradientTile;
-
-// A tile of a weight's gradient.
-struct Work {
-  int expert, token_column, row_column;
-  int first_row, end_row;
-  int column_tile;
-
-  __device__ static Work of(const WeightGradientArguments& arguments, int tile) {
-    const int row_tiles = (arguments.width + kRowColumns - 1) / kRowColumns;
-    const int token_tiles = arguments.token_width / kTokenColumns;
-    const int part = tile % arguments.row_parts;
-    tile /= arguments.row_parts;
-    Work work;
-    work.expert = tile / (row_tiles * token_tiles);
-    const int within = tile % (row_tiles * token_tiles);
-    work.row_column = within % row_tiles * kRowColumns;
-    work.token_column = within / row_tiles * kTokenColumns;
-    const int begin = __shfl_sync(~0u, arguments.groups.begin(work.expert), 0);
-    const int end = __shfl_sync(~0u, arguments.groups.end(work.expert), 0);
-    const int stages = (end - begin + kStageRows - 1) / kStageRows;
-    const int rows = (stages + arguments.row_parts - 1) / arguments.row_parts * kStageRows;
-    work.first_row = begin + part * rows;
-    work.end_row = min(work.first_row + rows, end);
-    work.column_tile = first_column_tile(begin, work.expert) + part * rows / kColumnTileRows;
-    return work;
-  }
-
-  static int count(const WeightGradientArguments& arguments) {
-    const int row_tiles = (arguments.width + kRowColumns - 1) / kRowColumns;
-    const int token_tiles = arguments.token_width / kTokenColumns;
-    return arguments.groups.experts * row_tiles * token_tiles * arguments.row_parts;
-  }
-
-  __device__ int steps() const { return max(0, end_row - first_row + kStageRows - 1) / kStageRows; }
-};
-
-// The steps of this block's tiles, one after the other.
-class Steps {
- public:
-  Work work;
-  int step = -1;
-  bool there = true;
-
-  __device__ Steps(const WeightGradientArguments& arguments, int tiles)
-      : arguments_(arguments), tiles_(tiles) {
-    find();
-  }
-
-  __device__ __forceinline__ void next() {
-    if (++step == work.steps()) {
-      tile_ += gridDim.x;
-      find();
-    }
-  }
-  __device__ __forceinline__ int first_row() const { return work.first_row + step * kStageRows; }
-
- private:
-  __device__ __forceinline__ void find() {
-    step = 0;
-    for (; tile_ < tiles_; tile_ += gridDim.x) {
-      work = Work::of(arguments_, tile_);
-      if (work.steps() > 0) return;
-    }
-    there = false;
-  }
-
-  const WeightGradientArguments& arguments_;
-  const int tiles_;
-  int tile_ = blockIdx.x;
-};
-
-// By a warpgroup.
-__device__ __forceinline__ void clear(uint8_t (&half)[Tile::kHalfBytes]) {
-  for (int i = threadIdx.x % kWarpgroup * 16; i < Tile::kHalfBytes; i += kWarpgroup * 16) {
-    *reinterpret_cast<uint4*>(half + i) = {0, 0, 0, 0};
-  }
-  fence_shared_for_async();
-}
-
-// By a warpgroup: a warp copies 32 of a stage's 128 rows, eight threads the 128 bytes of a row.
-// `token`: of the row of this thread's number.
-__device__ __forceinline__ void gather_tokens(const WeightGradientArguments& arguments,
-                                              Tile::Stage& stage, int token_column, int token) {
-  constexpr int kPasses = kWarp / 4;
-  const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
-  const int part = lane % 8, row_of_lane = thread / kWarp * kWarp + lane / 8;
-  const uint8_t* column = arguments.tokens + token_column + part * 16;
-  const uint32_t to = shared_address(stage.tokens);
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = row_of_lane + 4 * pass;
-    const int64_t from = __shfl_sync(~0u, token, 4 * pass + lane / 8);
-    copy_16_bytes(to + row * 128 + (part ^ (row % 8)) * 16, column + from * arguments.token_width);
-  }
-}
-
-// By a warpgroup.
-template <bool kGather>
-__device__ void load_rows(const WeightGradientArguments& arguments, Tile::Shared& shared,
-                          int tiles) {
-  const int thread = threadIdx.x % kWarpgroup;
-  const GatheredRows& rows = arguments.token_of_row;
-  Steps steps(arguments, tiles);
-  const auto slot_of_thread = [&] {
-    if (!kGather || !steps.there) return 0;
-    return rows.slot(min(steps.first_row() + thread, steps.work.end_row - 1));
-  };
-  int slot = slot_of_thread();
-  for (Ring<Tile::kStages> ring; steps.there; ring.advance()) {
-    const Work work = steps.work;
-    const int tile = work.column_tile + steps.step * kHalves;
-    const int halves = steps.first_row() + kColumnTileRows < work.end_row ? kHalves : 1;
-    const int token = kGather ? rows.token(slot) : 0, first_row = steps.first_row();
-    steps.next();
-    slot = slot_of_thread();  // of the next step, while this one waits for its stage
-    barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-    uint64_t* full = &shared.full[ring.stage];
-    auto& stage = shared.stages[ring.stage];
-    if (thread == 0) {
-      const int columns = min(kRowColumns, arguments.width - work.row_column);
-      const int of_tokens = kGather ? 0 : sizeof(stage.tokens);
-      barrier_expect(full, halves * columns * kColumnTileRows + of_tokens);
-      if constexpr (!kGather) {
-        load_box(stage.tokens, &arguments.ordered_tokens, full, work.token_column / 2, first_row,
-                 0);
-      }
-      for (int half = 0; half < halves; ++half) {
-        const int64_t column = int64_t(tile + half) * arguments.width + work.row_column;
-        load_bytes(stage.rows[half], arguments.columns + column * kColumnTileRows,
-                   columns * kColumnTileRows, full);
-      }
-    }
-    __syncwarp();
-    if (halves == 1) clear(stage.rows[1]);  // rows that are not the expert's come to nothing
-    if constexpr (kGather) {
-      gather_tokens(arguments, stage, work.token_column, token);
-      barrier_arrive_after_copies(full);
-    } else {
-      barrier_arrive(full);
-    }
-  }
-}
 
 // A warpgroup has the products of 64 of the tokens' columns and 256 of the rows in order, in two
 // parts of 64 x 128. Row r of a warp's 16 is column 2r, or 2(r - 8) + 1: of two columns that lie
@@ -216,7 +40,7 @@ __device__ __forceinline__ void turn(uint32_t tokens, int k, int warpgroup, uint
 }
 
 // Products of a stage, scaled and added to the sums.
-__device__ __forceinline__ void multiply_stage(Tile::Stage& stage, int warpgroup,
+__device__ __forceinline__ void multiply_stage(WeightGradientTile::Stage& stage, int warpgroup,
                                                const float (&factors)[kParts], uint64_t* empty,
                                                Sums& sums) {
   constexpr int kSteps = kStageRows / 32, kStepsOfAHalf = kSteps / kHalves;
@@ -230,7 +54,7 @@ __device__ __forceinline__ void multiply_stage(Tile::Stage& stage, int warpgroup
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const uint32_t half = k / kStepsOfAHalf * Tile::kHalfBytes;
+      const uint32_t half = k / kStepsOfAHalf * WeightGradientTile::kHalfBytes;
       wgmma_e4m3(partial, turned[k],
                  advance(rows, half + part * 128 * kColumnTileRows + k % kStepsOfAHalf * 32),
                  k > 0);
@@ -257,7 +81,8 @@ __device__ __forceinline__ void add_sums_of(const WeightGradientArguments& argum
 // Adds a warpgroup's sums to a gradient [tokens' columns, columns of the rows in order], 64 columns
 // at a time, each warp those of its rows. Outside the gradient it adds nothing.
 __device__ __forceinline__ void add_sums(const WeightGradientArguments& arguments, const Work& work,
-                                         int warpgroup, const Sums& sums, Tile::Shared& shared) {
+                                         int warpgroup, const Sums& sums,
+                                         WeightGradientTile::Shared& shared) {
   const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int piece = 0; piece < 2 * kParts; ++piece) {
@@ -293,7 +118,7 @@ __device__ __forceinline__ void add_sums(const WeightGradientArguments& argument
 // The same of a gradient [columns of the rows in order, tokens' columns], 64 rows of it at a time.
 __device__ __forceinline__ void add_turned_sums(const WeightGradientArguments& arguments,
                                                 const Work& work, int warpgroup, const Sums& sums,
-                                                Tile::Shared& shared) {
+                                                WeightGradientTile::Shared& shared) {
   constexpr int kRows = 64;
   const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
   const bool leader = threadIdx.x % kWarpgroup == 0;
@@ -328,10 +153,10 @@ __device__ __forceinline__ void add_turned_sums(const WeightGradientArguments& a
 }
 
 template <bool kTokensFirst>
-__device__ void multiply_rows(const WeightGradientArguments& arguments, Tile::Shared& shared,
-                              int tiles, int warpgroup) {
+__device__ void multiply_rows(const WeightGradientArguments& arguments,
+                              WeightGradientTile::Shared& shared, int tiles, int warpgroup) {
   const int blocks = arguments.width / kScaleBlock;
-  Ring<Tile::kStages> ring;
+  Ring<WeightGradientTile::kStages> ring;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Work work = Work::of(arguments, tile);
     const int steps = work.steps();
@@ -363,11 +188,11 @@ __device__ void multiply_rows(const WeightGradientArguments& arguments, Tile::Sh
 }
 
 template <bool kGather, bool kTokensFirst>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+__global__ void __launch_bounds__(WeightGradientTile::kThreads, 1)
     fp8_weight_gradient_kernel(const __grid_constant__ WeightGradientArguments arguments,
                                int tiles) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<Tile::Shared*>(memory);
+  auto& shared = *reinterpret_cast<WeightGradientTile::Shared*>(memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
   prepare_stages(shared.full, shared.empty, kWarpgroup + 1, 2 * kWarpgroup / kWarp);
   if (warpgroup == 0) {
@@ -411,10 +236,10 @@ void launch(const ExpertSizes& sizes, const ExpertRows& rows, const void* tokens
   }
   const auto kernel = are_gathered(rows) ? fp8_weight_gradient_kernel<true, kTokensFirst>
                                          : fp8_weight_gradient_kernel<false, kTokensFirst>;
-  constexpr int kSharedBytes = sizeof(Tile::Shared);
+  constexpr int kSharedBytes = sizeof(WeightGradientTile::Shared);
   static_assert(kSharedBytes <= 227 * 1024);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  kernel<<<multiprocessor_count(), Tile::kThreads, kSharedBytes,
+  kernel<<<multiprocessor_count(), WeightGradientTile::kThreads, kSharedBytes,
            static_cast<cudaStream_t>(stream)>>>(arguments, Work::count(arguments));
   check_cuda(name);
 }
