@@ -176,7 +176,7 @@ bf16; the gradient of a pre-activation takes its place.
 Rates are those of the cards' component 'experts', 9 layers: 131.6 ms in step_8x4096_h200 (bf16),
 45.95 ms in step_2x4096_h100, 41.3 ms in step_recompute_h200 (2 x 4096), from which product and
 adding to gradients follow together. In fp8 96.6 ms with gradients of weights in bf16,
-and 78.5 ms without in step_10_layers_8x4096_h200. Alone, products
+and 77.1 ms without in step_10_layers_8x4096_h200. Alone, products
 are faster: moe_h100 (6.53 ms and 21.2 ms without shared experts, 16,384 and 65,536 tokens) gives
 0.63 and 0.62, and the wider experts of moe_155b_h100 (19.0 ms) 0.65, with faster weight gradients
 than those steps had."""
