@@ -1,7 +1,7 @@
 // Quantisation to 8 bits of rows, in one pass at the speed of memory.
 #include <cuda_runtime.h>
 
-#include "bf16_pairs.cuh"
+#include "elements.cuh"
 #include "fp8_experts.h"
 #include "fp8_quantization.cuh"
 #include "sm90_launch.h"
@@ -14,14 +14,11 @@ constexpr int kWarp = 32;
 constexpr int kAtOnce = 8;                            // numbers of a thread: 16 bytes of bf16
 constexpr int kBlockThreads = kScaleBlock / kAtOnce;  // that share a scale
 
-__device__ __forceinline__ void load_values(const __nv_bfloat16* values, float (&loaded)[kAtOnce]) {
-  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(values));
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    loaded[2 * i] = low_of(words[i]);
-    loaded[2 * i + 1] = high_of(words[i]);
-  }
+using Values = Elements<true>;
+static_assert(Values::kCount == kAtOnce);
+
+__device__ __forceinline__ Values load_values(const __nv_bfloat16* values) {
+  return Values(__ldg(reinterpret_cast<const uint4*>(values)));
 }
 
 __device__ __forceinline__ float largest_of(const float (&values)[kAtOnce]) {
@@ -53,11 +50,11 @@ __global__ void __launch_bounds__(kThreads)
     quantize_rows_kernel(const __nv_bfloat16* values, int64_t pieces, uint2* data, float* scales) {
   const int64_t piece = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (piece >= pieces) return;  // by whole blocks of a scale
-  float loaded[kAtOnce];
-  load_values(values + piece * kAtOnce, loaded);
+  const Values loaded = load_values(values + piece * kAtOnce);
   const uint32_t group = 0xFFFFu << (threadIdx.x % kWarp / kBlockThreads * kBlockThreads);
-  const float scale = scale_of(largest_of_neighbours<kBlockThreads>(largest_of(loaded), group));
-  data[piece] = quantize(loaded, inverse_of(scale));
+  const float scale =
+      scale_of(largest_of_neighbours<kBlockThreads>(largest_of(loaded.values), group));
+  data[piece] = quantize(loaded.values, inverse_of(scale));
   if (threadIdx.x % kBlockThreads == 0) scales[piece / kBlockThreads] = scale;
 }
 
@@ -72,17 +69,15 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= rows) return;
   const int lane = threadIdx.x % kWarp, pieces = width / kAtOnce, blocks = width / kScaleBlock;
   values += row * width;
-  float loaded[kAtOnce], largest = 0.0f;
+  float largest = 0.0f;
   for (int piece = lane; piece < pieces; piece += kWarp) {
-    load_values(values + piece * kAtOnce, loaded);
-    largest = fmaxf(largest, largest_of(loaded));
+    largest = fmaxf(largest, largest_of(load_values(values + piece * kAtOnce).values));
   }
   largest = largest_of_neighbours<kWarp>(largest, ~0u);
   const float scale = largest > 0.0f ? scale_of(largest) : kScaleOfZeros;
   const float inverse = inverse_of(scale);
   for (int piece = lane; piece < pieces; piece += kWarp) {
-    load_values(values + piece * kAtOnce, loaded);
-    data[row * pieces + piece] = quantize(loaded, inverse);
+    data[row * pieces + piece] = quantize(load_values(values + piece * kAtOnce).values, inverse);
   }
   for (int block = lane; block < blocks; block += kWarp) scales[row * blocks + block] = scale;
 }

@@ -33,7 +33,7 @@ __device__ __forceinline__ float inverse_scale(uint32_t exponent) {
 __device__ __forceinline__ float2 multiply(uint32_t numbers, uint32_t scales) {
   uint32_t found;
   asm("mul.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(numbers), "r"(scales));
-  return {low_of(found), high_of(found)};
+  return unpack_bf16(found);
 }
 
 // Of a patch's rows, of 2 * i and 2 * i + 1 in word i.

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "bf16_pairs.cuh"
+
 namespace megatron_kanana::sm90 {
 
 constexpr int kWarp = 32;
@@ -217,7 +219,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 }
 
 __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
-  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000)};
+  return {low_of(packed), high_of(packed)};
 }
 
 __device__ __forceinline__ void store_floats(uint32_t address, float x, float y) {

@@ -13,11 +13,11 @@ from megatron_kanana.kernels.fp8_blockwise import (
     quantize_by_csrc,
     quantizing_by_csrc,
 )
+from tests.kernels.test_fp8_quantize_blocks_sm90 import USAGES, random_values
 
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(256, 384), (128, 3, 256), (4096, 2048)]
-USAGES = [(True, True), (True, False), (False, True)]
 TENSORS = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
 
 
@@ -79,14 +79,6 @@ def check(made: Any, values: torch.Tensor) -> None:
     if not made.internal:
         assert (ours.shape, ours.dtype) == (others.shape, others.dtype)
         assert ours.requires_grad == others.requires_grad
-
-
-def random_values(*shape: int) -> torch.Tensor:
-    """Numbers of very different sizes."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    values = torch.randn(shape, device="cuda", generator=generator)
-    sizes = torch.randn(shape, device="cuda", generator=generator)
-    return (values * (2 * sizes).exp()).bfloat16()
 
 
 @pytest.mark.parametrize(("rowwise", "columnwise"), USAGES)
